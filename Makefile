@@ -1,0 +1,53 @@
+# `make help` lists what there is. Everything runs in .venv, which `make install` creates.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DATA   ?=
+OUT    ?=
+RUN    ?= runs/smoke-synthetic
+
+.DEFAULT_GOAL := help
+.PHONY: help install smoke test lint types format serve bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
+
+install: $(VENV)/.installed  ## the environment in .venv, versions as in constraints.txt
+
+# uv installs in seconds what pip needs minutes for; where it cannot (it does not read pip's settings), pip does.
+# UV_FIND_LINKS: uv ignores pip's variable of the same meaning. Bytecode is compiled once here, not at every start.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@unset PYTHONDONTWRITEBYTECODE; \
+	    { $(BIN)/pip install --quiet uv && UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(BIN)/uv pip install \
+	      --quiet --python $(BIN)/python --compile-bytecode -e '.[dev]' -c constraints.txt; } || \
+	    { echo "uv could not install, pip tries"; $(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt; }
+	@touch $@
+
+smoke: install  ## raw videos to results table in minutes; DATA=folder for real videos, OUT=folder for the results
+	@$(BIN)/python -m flows --preset smoke $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)")
+
+test: install  ## the whole test suite
+	@$(BIN)/python -m pytest
+
+lint: install  ## style, format and who may import whom
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
+
+types: install  ## mypy
+	@$(BIN)/mypy
+
+format: install  ## rewrite the sources in the house format
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+serve: install  ## MLflow's pages for RUN (default: the smoke run) on http://127.0.0.1:5000
+	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --host 127.0.0.1 \
+	    --port 5000 --workers 1 --backend-store-uri "sqlite:///$(abspath $(RUN))/mlflow.db"
+
+bench: install  ## benchmarks, with their peers, into benchmarks/results/
+	@$(BIN)/python -m benchmarks
+
+clean:  ## removes the environment and caches; runs/ stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

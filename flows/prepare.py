@@ -1,0 +1,60 @@
+"""Raw videos -> finished shard folders, one task per shard (a task per video would swamp Prefect's database)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from prefect import task
+from prefect.artifacts import create_table_artifact
+from prefect.futures import wait
+
+import shards
+from pasnet.study import EMBEDDED, Shards, Study, make_synthetic
+from shards import Dataset, DecodeSettings
+from shards.pack import ShardPlan
+
+
+@task(task_run_name="videos {source}")
+def videos(study: Study, source: str, workers: int) -> Dataset:
+    """The dataset in a folder; the embedded one is generated first."""
+    root = make_synthetic(study, shards.ffmpeg_exe(), workers) if source == EMBEDDED else Path(source)
+    return shards.scan(*shards.find_dataset(root))
+
+
+@task(task_run_name="pack {plan.name}")
+def pack(plan: ShardPlan, folder: Path, settings: DecodeSettings) -> int:
+    """Decodes and packs one shard; how many of its videos failed."""
+    return len(shards.build_shard(plan, folder, settings)["failures"])
+
+
+@task(task_run_name="index {dataset.name}")
+def index(dataset: Dataset, plans: tuple[ShardPlan, ...], folder: Path, settings: DecodeSettings) -> Shards:
+    """Closes the folder: index, failures, manifest. The failures are shown as a Prefect artifact too."""
+    try:
+        shards.finish(dataset, plans, folder, settings)
+    finally:
+        rows = shards.failures(folder)
+        if rows:
+            shown = [{"video": row["video"], "reason": row["reason"]} for row in rows]
+            create_table_artifact(shown, key=f"failures-{dataset.name}", description="Videos that could not be decoded")
+    return Shards.of(folder)
+
+
+def prepare(study: Study, dataset: Dataset) -> Shards:
+    """All tasks of one dataset's shards."""
+    settings = DecodeSettings()
+    folder = study.root / "shards" / dataset.name
+    plans = shards.plan(dataset, settings)
+    started = time.perf_counter()
+    packed = [pack.submit(plan, folder, settings) for plan in plans]
+    wait(packed)
+    for future in packed:
+        future.result()  # a shard that could not be written at all (a full disk) ends the flow here
+    done = index(dataset, plans, folder, settings)
+    rate = done.videos / max(time.perf_counter() - started, 1e-9)
+    print(
+        f"  {done.dataset}: {done.videos} videos, {done.frames} frames, {done.failed} set aside, {rate:.1f} videos/s",
+        flush=True,
+    )
+    return done

@@ -1,0 +1,107 @@
+"""@flow(name="pasnet"): the study as a graph of tasks, on one screen.
+
+    videos -> pack (one per shard) -> index -> train ECO -> train PAS-Net -> evaluate -> track -> report
+
+Deployments of this one flow, with other parameters, are in prefect.yaml. `python -m flows` runs it without a server.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.runtime import flow_run
+from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import Field
+
+from flows.experiment import ensure_gpu_limit, run_jobs
+from flows.prepare import prepare, videos
+from pasnet import tracking
+from pasnet.study import EMBEDDED, Shards, Study, finish, jobs
+from pasnet.study import results as collect
+
+Table = Literal["table-1", "table-2", "table-3", "table-4", "table-5", "figure-2"]
+
+
+@flow(name="pasnet", task_runner=ThreadPoolTaskRunner(max_workers=8), log_prints=False, validate_parameters=True)
+def pasnet(
+    data: list[str] = [EMBEDDED],  # noqa: B006  Prefect shows the default in its form
+    out: str = "runs/study",
+    preset: Literal["full", "smoke", "tiny"] = "full",
+    tables: list[Table] | None = None,
+    fusions: list[str] | None = None,
+    splits: list[Literal[1, 2, 3]] = [1],  # noqa: B006
+    seeds: list[int] = [0],  # noqa: B006
+    num_segments: Annotated[int, Field(ge=1)] | None = None,
+    eco_weights: str = "",
+    pose_weights: str = "",
+    overrides: dict[str, Any] | None = None,
+    workers: Annotated[int, Field(ge=1)] = 2,
+) -> dict[str, Any]:
+    """Raw videos to results table.
+
+    Args:
+        data: dataset folders (videos/ and official split lists), or "synthetic" for the embedded set.
+        out: folder for everything that is written; a second run in it does only what is missing.
+        preset: "full" is the paper's size, "smoke" minutes on a CPU, "tiny" seconds.
+        tables: table-1 .. table-5, figure-2; none means the preset's.
+        fusions: styles as in Table II; none means the preset's.
+        splits: official splits to run.
+        seeds: seeds to run.
+        num_segments: K for every row instead of the paper's.
+        eco_weights: ECO-Lite Kinetics checkpoint; empty means a random start.
+        pose_weights: OpenPose body checkpoint; empty means a random start.
+        overrides: any setting of pasnet/config.py, such as {"optim.epochs": 2}.
+        workers: processes that decode videos.
+    """
+    study = Study(
+        data=tuple(data),
+        out=out,
+        preset=preset,
+        tables=tuple(tables or ()),
+        fusions=tuple(fusions or ()),
+        splits=tuple(splits),
+        seeds=tuple(seeds),
+        num_segments=num_segments,
+        eco_weights=eco_weights,
+        pose_weights=pose_weights,
+        overrides=overrides or {},
+    )
+    seconds: dict[str, float] = {}
+    with stage("videos", seconds):
+        datasets = [videos(study, source, workers) for source in study.data]
+    with stage("shards", seconds):
+        shards = [prepare(study, dataset) for dataset in datasets]
+    todo = jobs(study, shards)
+    ensure_gpu_limit()
+    uri = tracking.default_uri(study.root)
+    with stage("training and evaluation", seconds):
+        failures = run_jobs(todo, uri)
+    with stage("tracking and report", seconds):
+        results = collect(study, shards, todo, failures)
+        page = publish(study, shards, results, seconds, uri)
+    create_markdown_artifact(page, key="results", description="Ours beside the paper's")
+    if failures:
+        first, reason = next(iter(failures.items()))
+        raise RuntimeError(f"{len(failures)} of {len(todo)} trainings failed, such as {first}: {reason}")
+    return {"results": str(study.root / "results.json"), "seconds": seconds}
+
+
+@task
+def publish(
+    study: Study, shards: list[Shards], results: list[dict[str, Any]], seconds: dict[str, float], uri: str
+) -> str:
+    """MLflow runs, results.json and RESULTS.md; returns the page."""
+    return finish(study, shards, results, seconds, uri, flow_run_id=str(flow_run.id or ""))
+
+
+@contextmanager
+def stage(name: str, seconds: dict[str, float]) -> Any:
+    """Announces a stage and notes how long it took."""
+    print(f"== {name}", flush=True)
+    started = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - started, 1)

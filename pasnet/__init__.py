@@ -1,0 +1,1 @@
+"""PAS-Net: pose and appearance fusion for action recognition."""

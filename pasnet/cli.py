@@ -1,0 +1,229 @@
+"""The command `pasnet`: each sub-command reads its arguments and calls the function that the flow calls too.
+
+Imports happen inside the sub-commands, so that `pasnet --help` does not wait for torch. Errors of our own are
+messages: one line and exit code 2 for what the user can mend, 1 for a run that failed. Anything else is a bug and
+keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pasnet.config import ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    return call(arguments.run, arguments)
+
+
+def call(run: Any, arguments: argparse.Namespace) -> int:
+    """Runs a sub-command; our own errors become one line on stderr and an exit code."""
+    try:
+        run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("pasnet", "shards", "flows"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+def overrides(pairs: Sequence[str]) -> dict[str, str]:
+    """["optim.epochs=2"] -> {"optim.epochs": "2"}. Raises ConfigError for anything else."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes name=value, got {pair!r}")
+        found[name.strip()] = value.strip()
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pasnet", description="PAS-Net: shards, training, evaluation, results.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    synth = commands.add_parser("synth", help="write the synthetic dataset: .avi files in UCF-101's layout")
+    synth.add_argument("--out", type=Path, required=True)
+    synth.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="such as num_classes=6, groups=10"
+    )
+    synth.add_argument("--workers", type=int, default=2)
+    synth.set_defaults(run=_synth)
+
+    shards = commands.add_parser("shards", help="videos to WebDataset shards").add_subparsers(
+        required=True, metavar="action"
+    )
+    build = shards.add_parser("build", help="decode videos, pack them, write the index; finished shards are skipped")
+    build.add_argument("--data", type=Path, help="dataset folder: videos/ and the official split lists beside it")
+    build.add_argument("--dataset", help="with --videos: ucf101, hmdb51, jhmdb or another name for the manifest")
+    build.add_argument("--videos", type=Path)
+    build.add_argument("--splits", type=Path)
+    build.add_argument("--out", type=Path, required=True)
+    build.add_argument("--workers", type=int, default=2)
+    build.add_argument("--videos-per-shard", type=int, default=64)
+    build.set_defaults(run=_shards_build)
+
+    listing = commands.add_parser("list", help="the paper's rows: what is run and what the paper printed")
+    listing.add_argument("--tables", nargs="*", default=[])
+    listing.set_defaults(run=_list)
+
+    train = commands.add_parser("train", help="one training; started again, it goes on where it was")
+    train.add_argument("--config", type=Path, help="a config.json; else give --shards")
+    train.add_argument("--shards", type=Path)
+    train.add_argument("--preset", default="full", help="full (the paper's size) or smoke (CPU)")
+    train.add_argument("--fusion", default="A", help='style as in Table II, such as "A" (ECO) or "Conv(A,I)"')
+    train.add_argument("--parent", default="", help="last.pt of the ECO finetune: twice-finetune")
+    train.add_argument("--eco-weights", default="")
+    train.add_argument("--pose-weights", default="")
+    train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="such as optim.epochs=2")
+    train.add_argument("--out", type=Path, required=True)
+    train.add_argument("--title", default="", help="name of the MLflow run")
+    train.add_argument("--tracking-uri", default="", help="MLflow address; no tracking without it")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="test-list accuracy and saved predictions of a checkpoint")
+    evaluate.add_argument("--checkpoint", type=Path, required=True)
+    evaluate.add_argument("--shards", type=Path, required=True)
+    evaluate.add_argument("--out", type=Path, required=True)
+    evaluate.set_defaults(run=_evaluate)
+
+    report = commands.add_parser("report", help="RESULTS.md from finished studies")
+    report.add_argument("studies", type=Path, nargs="+", help="folders with a results.json")
+    report.add_argument("--out", type=Path, default=Path("RESULTS.md"))
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _synth(arguments: argparse.Namespace) -> None:
+    from pasnet.config import from_dict
+    from pasnet.synth import SynthConfig, generate
+    from shards import ffmpeg_exe
+
+    config = from_dict(SynthConfig, overrides(arguments.set))
+    print(generate(arguments.out, config, ffmpeg=ffmpeg_exe(), workers=arguments.workers))
+
+
+def _shards_build(arguments: argparse.Namespace) -> None:
+    from rich.progress import Progress
+
+    from shards import build, find_dataset, scan
+
+    if arguments.data:
+        name, videos, splits = find_dataset(arguments.data)
+    elif arguments.videos and arguments.splits and arguments.dataset:
+        name, videos, splits = arguments.dataset, arguments.videos, arguments.splits
+    else:
+        raise ConfigError("give --data FOLDER, or --dataset NAME --videos FOLDER --splits FOLDER")
+    dataset = scan(name, videos, splits)
+    with Progress(disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("videos", total=len(dataset.videos))
+        manifest = build(
+            dataset,
+            arguments.out,
+            workers=arguments.workers,
+            videos_per_shard=arguments.videos_per_shard,
+            on_video=lambda video: progress.advance(task),
+        )
+    packed = f"{manifest['videos']} videos, {manifest['frames']} frames in {len(manifest['shards'])} shards"
+    failed, missing = manifest["failed"], manifest["listed_but_missing"]
+    print(f"{arguments.out}: {packed}; {failed} could not be decoded, {missing} listed ones are not on disk")
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from pasnet.experiments import select_rows, trainings
+
+    rows = select_rows(arguments.tables)
+    for row in rows:
+        k = ",".join(map(str, row.num_segments))
+        paper = "–" if row.paper_top1 is None else f"{row.paper_top1:.2f}"
+        print(f"{row.table:9} {row.dataset:7} {row.title:44} {row.strategy:15} K={k:15} paper {paper}")
+    print(f"{len(rows)} rows, {len(trainings(rows))} trainings per split and seed")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from pasnet.config import (
+        DataConfig,
+        FusionConfig,
+        InitConfig,
+        ModelConfig,
+        TrainConfig,
+        flatten,
+        from_dict,
+        replace,
+        to_dict,
+    )
+    from pasnet.experiments import PRESETS
+    from pasnet.study import Shards
+
+    if arguments.config:
+        if not arguments.config.is_file():
+            raise ConfigError(f"{arguments.config}: no such file")
+        config = from_dict(TrainConfig, json.loads(arguments.config.read_text("utf-8")))
+    elif arguments.shards:
+        if arguments.preset not in PRESETS:
+            raise ConfigError(f"unknown preset {arguments.preset!r} (one of: {', '.join(PRESETS)})")
+        if not (arguments.shards / "manifest.json").is_file():
+            raise ConfigError(f"{arguments.shards}: not a finished shard folder; run `pasnet shards build`")
+        size = PRESETS[arguments.preset]
+        config = TrainConfig(
+            model=ModelConfig(
+                num_classes=Shards.of(arguments.shards).num_classes,
+                fusion=FusionConfig(style=arguments.fusion),
+                width=size.width,
+            ),
+            data=DataConfig(shards=str(arguments.shards), input_size=size.input_size),
+            optim=size.optim,
+            init=InitConfig(eco=arguments.eco_weights, pose=arguments.pose_weights, parent=arguments.parent),
+        )
+    else:
+        raise ConfigError("give --config FILE or --shards FOLDER")
+    config = replace(config, overrides(arguments.set))
+
+    from pasnet.tracking import LiveRun
+    from pasnet.train import train
+
+    title = arguments.title or f"{config.model.fusion.style}, K={config.data.num_segments}"
+    live = LiveRun(arguments.tracking_uri, title, flatten(to_dict(config)), {"out": str(arguments.out)})
+    try:
+        result = train(config, arguments.out, live.epoch)
+    except BaseException:
+        live.finish("FAILED")
+        raise
+    live.finish()
+    print(f"last epoch: test top-1 {result['last']['test_top1']:.2f} %  ({arguments.out / 'last.pt'})")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from pasnet.train import evaluate_checkpoint
+
+    numbers = evaluate_checkpoint(arguments.checkpoint, arguments.shards, arguments.out)
+    print(
+        f"top-1 {numbers['top1']:.2f} %  top-5 {numbers['top5']:.2f} %  mean class {numbers['mean_class']:.2f} %  "
+        f"95 % interval {numbers['top1_low']:.1f} to {numbers['top1_high']:.1f}  ({numbers['videos']} videos)"
+    )
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from pasnet.report import results_page
+
+    studies = []
+    for folder in arguments.studies:
+        path = folder / "results.json"
+        if not path.is_file():
+            raise ConfigError(f"{path}: missing; it is written when a study ends")
+        studies.append(json.loads(path.read_text("utf-8")))
+    arguments.out.write_text(results_page(studies), "utf-8")
+    print(arguments.out)

@@ -1,0 +1,145 @@
+"""The OpenPose body network (COCO, 18 keypoints) that supplies PAS-Net's pose maps.
+
+Cao, Simon, Wei, Sheikh: "Realtime Multi-Person 2D Pose Estimation using Part Affinity Fields" (CVPR 2017).
+Layers and names follow the authors' Caffe model (_trained_COCO/pose_deploy.prototxt), as the keys of the
+public body_pose_model.pth do. Caffe calls the part affinity branch L1 and the heat map branch L2.
+
+Deviations from the source:
+  * no ReLU after the last heat map. Caffe's network has none; the PyTorch port (pytorch-openpose) adds one,
+    which is a slip in its list of layers;
+  * what the fusion does not read is not run: `paf=False` leaves out stage 6 of L1, `heatmap=False` leaves out
+    Mconv7_stage6_L2, and Mconv7_stage6_L1 (the fields themselves) runs only for pictures. Those layers exist
+    as parameters all the same, so that a checkpoint loads whole, but with requires_grad False, so that
+    neither an optimiser nor DDP waits for gradients that cannot come. `unused` names them: skip them when
+    thawing a frozen network;
+  * `width` scales the hidden channels; the 38 fields and 19 heat maps keep their meaning and number.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import max_pool2d, relu
+
+# VGG-19's first ten convolutions and two that narrow them down: (name, outputs), None for a 2x2 max pooling.
+TRUNK: tuple[tuple[str, int] | None, ...] = (
+    ("conv1_1", 64), ("conv1_2", 64), None,
+    ("conv2_1", 128), ("conv2_2", 128), None,
+    ("conv3_1", 256), ("conv3_2", 256), ("conv3_3", 256), ("conv3_4", 256), None,
+    ("conv4_1", 512), ("conv4_2", 512), ("conv4_3_CPM", 256), ("conv4_4_CPM", 128),
+)  # fmt: skip
+MAPS = {"L1": 38, "L2": 19}  # x and y of 19 limbs; 18 keypoints and, as channel 18, the background
+
+
+def stage_layers(stage: int, branch: str) -> list[tuple[str, int, int]]:
+    """(name, outputs, kernel) of one branch of one stage, in order. The last one makes the maps."""
+    if stage == 1:
+        hidden = [(f"conv5_{i}_CPM_{branch}", 128, 3) for i in (1, 2, 3)]
+        return [*hidden, (f"conv5_4_CPM_{branch}", 512, 1), (f"conv5_5_CPM_{branch}", MAPS[branch], 1)]
+    name = f"stage{stage}_{branch}"
+    hidden = [(f"Mconv{i}_{name}", 128, 7) for i in (1, 2, 3, 4, 5)]
+    return [*hidden, (f"Mconv6_{name}", 128, 1), (f"Mconv7_{name}", MAPS[branch], 1)]
+
+
+class BodyMaps(NamedTuple):
+    """What a forward pass read off stage 6; maps that were not asked for are None. h = H/8, w = W/8."""
+
+    implicit: Tensor  # I, (N,128w,h,w): Mconv6_stage6_L2 after ReLU, the last thing before the heat maps
+    implicit_pre_relu: Tensor  # the same before ReLU (A7)
+    paf_feature: Tensor | None = None  # F, (N,128w,h,w): Mconv6_stage6_L1 after ReLU
+    paf_feature_pre_relu: Tensor | None = None
+    heatmaps: Tensor | None = None  # H, (N,19,h,w): Mconv7_stage6_L2, no ReLU, can be negative
+    pafs: Tensor | None = None  # (N,38,h,w): Mconv7_stage6_L1
+
+
+class BodyNet(nn.Module):
+    """Normalised frames (N,3,H,W), BGR / 256 - 0.5, -> BodyMaps.
+
+    I is always there, F and H if `paf` and `heatmap` say so, all maps with forward(..., everything=True).
+    """
+
+    def __init__(self, width: float = 1.0, paf: bool = True, heatmap: bool = True) -> None:
+        """`paf` and `heatmap`: whether training reads F and H."""
+        super().__init__()
+        self.paf, self.heatmap = paf, heatmap
+
+        def scaled(channels: int) -> int:
+            return max(4, 4 * int(channels * width / 4 + 0.5))
+
+        channels = 3
+        for layer in TRUNK:
+            if layer is not None:
+                channels = self._add(layer[0], channels, scaled(layer[1]), 3)
+        self.out_channels = channels
+
+        for stage in range(1, 7):
+            for branch in MAPS:
+                x = channels if stage == 1 else sum(MAPS.values()) + channels
+                *hidden, (last, maps, kernel) = stage_layers(stage, branch)
+                for name, outputs, size in hidden:
+                    x = self._add(name, x, scaled(outputs), size)
+                self._add(last, x, maps, kernel)
+        self._init_weights()
+
+        unused = ["Mconv7_stage6_L1"] if paf else [name for name, _, _ in stage_layers(6, "L1")]
+        self.unused = tuple(unused if heatmap else [*unused, "Mconv7_stage6_L2"])
+        for name in self.unused:
+            self.get_submodule(name).requires_grad_(False)
+
+    def _add(self, name: str, inputs: int, outputs: int, kernel: int) -> int:
+        self.add_module(name, nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2))
+        return outputs
+
+    def _init_weights(self) -> None:
+        """He initialisation: 52 layers in a row without normalisation have to keep the scale themselves.
+
+        Root mean square of I on a test picture (input 0.25), width 1: 0.2 with this; 6e-5 with Xavier, 1e-8
+        with PyTorch's default, 6e-11 with OpenPose's own Gaussian of 0.01 (it starts from VGG weights and has
+        a loss at every stage). Widths 1/4 and 1/8, five seeds each: 0.03 to 0.35, neither lost nor exploded.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # every convolution here has one
+
+    def _conv(self, name: str, x: Tensor) -> Tensor:
+        y: Tensor = self.get_submodule(name)(x)
+        return y
+
+    def _trunk(self, x: Tensor) -> Tensor:
+        for layer in TRUNK:
+            x = max_pool2d(x, 2) if layer is None else relu(self._conv(layer[0], x), inplace=True)
+        return x
+
+    def _hidden(self, stage: int, branch: str, x: Tensor) -> Tensor:
+        """One branch up to the convolution before its maps, whose ReLU is still to come."""
+        *before, (last, _, _), _ = stage_layers(stage, branch)
+        for name, _, _ in before:
+            x = relu(self._conv(name, x), inplace=True)
+        return self._conv(last, x)
+
+    def _maps(self, stage: int, branch: str, hidden: Tensor) -> Tensor:
+        return self._conv(stage_layers(stage, branch)[-1][0], hidden)
+
+    def forward(self, frames: Tensor, everything: bool = False) -> BodyMaps:
+        """Run the six stages, of the last one only what is read. Shapes for width 1 and 224 x 224."""
+        trunk = self._trunk(frames)  # (N,3,224,224) -> (N,128,28,28)
+        x = trunk
+        for stage in range(1, 6):
+            pafs = self._maps(stage, "L1", relu(self._hidden(stage, "L1", x), inplace=True))  # (N,38,28,28)
+            heat = self._maps(stage, "L2", relu(self._hidden(stage, "L2", x), inplace=True))  # (N,19,28,28)
+            x = torch.cat([pafs, heat, trunk], dim=1)  # (N,185,28,28)
+
+        raw = self._hidden(6, "L2", x)  # (N,128,28,28)
+        out = BodyMaps(implicit=relu(raw), implicit_pre_relu=raw)
+        if self.heatmap or everything:
+            out = out._replace(heatmaps=self._maps(6, "L2", out.implicit))  # (N,19,28,28)
+        if self.paf or everything:
+            raw = self._hidden(6, "L1", x)  # (N,128,28,28)
+            field = relu(raw)
+            out = out._replace(paf_feature=field, paf_feature_pre_relu=raw)
+            if everything:
+                out = out._replace(pafs=self._maps(6, "L1", field))  # (N,38,28,28)
+        return out

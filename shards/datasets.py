@@ -1,0 +1,263 @@
+"""UCF-101, HMDB-51, J-HMDB and sets laid out like UCF-101: which videos there are, their labels and official splits.
+
+What earlier loaders got wrong, and is settled here: a class is the folder (UCF-101 files 128 clips named
+`v_HandStandPushups_*` under `HandstandPushups`); a label is the line in `classInd.txt` (a plain sort swaps two pairs of
+UCF-101); names are compared without regard to case, and J-HMDB's `@` stands for HMDB's `#`; list lines may end in
+blanks or CRLF; UCF-101's test lists carry no label; HMDB-51's classes are prefixes of one another.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Subset = Literal["train", "test"]
+VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg", ".mpeg")
+
+# Official sizes: (videos, classes, {split: (train, test)}). Counted from the published lists.
+OFFICIAL_COUNTS = {
+    "ucf101": (13_320, 101, {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}),
+    "hmdb51": (6_766, 51, {1: (3570, 1530), 2: (3570, 1530), 3: (3570, 1530)}),
+    "jhmdb": (928, 21, {1: (660, 268), 2: (658, 270), 3: (663, 265)}),
+}
+
+
+class DatasetError(ValueError):
+    """A folder or list that is not the dataset it should be; the message names the file, the reason and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """One source file. `key` is its name in the shards: class/stem, with "." and "%" escaped, since WebDataset cuts
+    a key at the first dot of its last part."""
+
+    key: str
+    path: Path
+    class_name: str
+    label: int  # 0-based
+    group: str  # videos of one group share a scene or source; "" where the dataset has no groups
+    splits: dict[int, Subset]  # split number -> subset; a split that does not use the video is absent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """The videos that are on disk, in key order, and which listed ones are not."""
+
+    name: str
+    class_names: tuple[str, ...]
+    videos: tuple[Video, ...]
+    listed: int  # distinct videos that the official lists name
+    missing: tuple[str, ...]  # listed but not on disk
+
+    @property
+    def splits(self) -> tuple[int, ...]:
+        """Split numbers for which at least one video is on disk."""
+        return tuple(sorted({split for video in self.videos for split in video.splits}))
+
+    def count(self, split: int, subset: Subset) -> int:
+        """Videos on disk in one subset of one split."""
+        return sum(video.splits.get(split) == subset for video in self.videos)
+
+
+def find_dataset(root: Path) -> tuple[str, Path, Path]:
+    """(name, videos folder, splits folder) of a dataset folder, told apart by its split lists.
+
+    Raises DatasetError for a folder that holds none of the known layouts.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DatasetError(f"{root}: no such folder; give the folder that holds videos/ and the official split lists")
+    videos = root / "videos"
+    if not videos.is_dir():
+        raise DatasetError(f"{root}: has no videos/ folder with one folder per class")
+    for splits in sorted(path for path in root.iterdir() if path.is_dir() and path != videos):
+        if (splits / "classInd.txt").is_file():
+            if (root / "synth.json").is_file():  # what pasnet/synth.py leaves beside its videos
+                return "synthetic", videos, splits
+            official = len(_read_class_index(splits / "classInd.txt")) == OFFICIAL_COUNTS["ucf101"][1]
+            return ("ucf101" if official else "ucf-layout"), videos, splits
+        lists = [entry.name for entry in os.scandir(splits) if entry.name.endswith("_test_split1.txt")]
+        if lists:
+            sizes = {OFFICIAL_COUNTS[name][1]: name for name in ("hmdb51", "jhmdb")}
+            return sizes.get(len(lists), "hmdb-layout"), videos, splits
+    raise DatasetError(
+        f"{root}: no split lists beside videos/; expected a folder with classInd.txt and trainlist01.txt (UCF-101), "
+        f"or with <class>_test_split1.txt (HMDB-51, J-HMDB)"
+    )
+
+
+def scan(name: str, videos: Path, splits: Path) -> Dataset:
+    """Reads the split lists and looks for their videos under `videos`/<class>/.
+
+    A video on disk that no list names is kept, in no split. Raises DatasetError when the lists are not those of the
+    dataset (counts), contradict each other, or name no video that is there.
+    """
+    videos, splits = Path(videos), Path(splits)
+    if not videos.is_dir():
+        raise DatasetError(f"{videos}: no such folder of videos")
+    if not splits.is_dir():
+        raise DatasetError(f"{splits}: no such folder of split lists")
+    read = _read_ucf_lists if (splits / "classInd.txt").is_file() else _read_hmdb_lists
+    class_names, listed = read(splits)
+    if name in OFFICIAL_COUNTS:
+        _check_counts(name, splits, class_names, listed)
+    by_folder = {class_name.casefold(): label for label, class_name in enumerate(class_names)}
+    found: list[Video] = []
+    on_lists: set[tuple[str, str]] = set()
+    for folder, path in _scan_folder(videos):
+        if folder.casefold() not in by_folder:
+            raise DatasetError(f"{path}: folder {folder!r} is no class of {splits}; move it elsewhere or fix the lists")
+        label = by_folder[folder.casefold()]
+        class_name = class_names[label]
+        entry = (class_name, _comparable(path.stem))
+        if entry in listed:
+            on_lists.add(entry)
+        found.append(
+            Video(
+                key=f"{class_name}/{path.stem}".replace("%", "%25").replace(".", "%2E"),
+                path=path,
+                class_name=class_name,
+                label=label,
+                group=_group(class_name, path.stem),
+                splits=listed[entry][1] if entry in listed else {},
+            )
+        )
+    missing = [f"{class_name}/{listed[class_name, stem][0]}" for class_name, stem in sorted(listed.keys() - on_lists)]
+    if not on_lists:
+        raise DatasetError(
+            f"{videos}: holds none of the {len(listed)} videos that {splits} lists, such as {missing[0]}"
+        )
+    keys = [video.key for video in found]
+    if len(set(keys)) != len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise DatasetError(f"{videos}: two files give the key {twice!r}; keep one of them")
+    return Dataset(
+        name=name,
+        class_names=class_names,
+        videos=tuple(sorted(found, key=lambda video: video.key)),
+        listed=len(listed),
+        missing=tuple(missing),
+    )
+
+
+# (class, comparable stem) -> (file name as listed, {split: subset})
+_Lists = dict[tuple[str, str], tuple[str, dict[int, Subset]]]
+
+
+def _comparable(stem: str) -> str:
+    return stem.casefold().replace("@", "#")
+
+
+def _group(class_name: str, stem: str) -> str:
+    """UCF-101: class and g01..g25. HMDB-51 names no groups; its clips are grouped by the film that they come from."""
+    ucf = re.search(r"_(g\d\d)_c\d\d$", stem)
+    if ucf:
+        return f"{class_name}/{ucf[1]}"
+    hmdb = re.match(rf"(.*)_{re.escape(class_name)}_[hulf]_(?:cm|nm)_np\d+_", stem, re.I)
+    return hmdb[1] if hmdb else ""
+
+
+def _lines(path: Path) -> Iterable[tuple[int, str]]:
+    """Numbered lines that hold something; the lists mix LF and CRLF and are Latin-1 at worst."""
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError:
+        text = path.read_text("latin-1")
+    return ((number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+
+
+def _read_class_index(path: Path) -> tuple[str, ...]:
+    classes: dict[int, str] = {}
+    for number, line in _lines(path):
+        parts = line.split(maxsplit=1)
+        if len(parts) != 2 or not parts[0].isdigit():
+            raise DatasetError(f"{path}:{number}: expected '<number> <class>', found {line!r}")
+        classes[int(parts[0])] = parts[1]
+    if sorted(classes) != list(range(1, len(classes) + 1)):
+        raise DatasetError(f"{path}: class numbers are not 1..{len(classes)} without gaps")
+    return tuple(classes[index] for index in sorted(classes))
+
+
+def _read_ucf_lists(splits: Path) -> tuple[tuple[str, ...], _Lists]:
+    """trainlistNN.txt: 'Class/v_Class_gXX_cYY.avi <1-based label>'; testlistNN.txt: the same without the label."""
+    index = splits / "classInd.txt"
+    if not index.is_file():
+        raise DatasetError(f"{index}: missing; it defines the labels")
+    class_names = _read_class_index(index)
+    listed: _Lists = {}
+    subsets: tuple[Subset, ...] = ("train", "test")
+    for subset in subsets:
+        for path in sorted(splits.glob(f"{subset}list[0-9][0-9].txt")):
+            split = int(path.stem[-2:])
+            for number, line in _lines(path):
+                name, _, label = line.rpartition(" ") if re.search(r" \d+$", line) else (line, "", "")
+                class_name, _, file_name = name.strip().partition("/")
+                if class_name not in class_names or not file_name:
+                    raise DatasetError(f"{path}:{number}: {line!r} names no class of {index}")
+                if label and int(label) != class_names.index(class_name) + 1:
+                    raise DatasetError(f"{path}:{number}: {class_name} has label {label}, but another in {index}")
+                _add(listed, class_name, file_name, split, subset, path)
+    if not listed:
+        raise DatasetError(f"{splits}: no trainlistNN.txt or testlistNN.txt with a line in it")
+    return class_names, listed
+
+
+def _read_hmdb_lists(splits: Path) -> tuple[tuple[str, ...], _Lists]:
+    """<class>_test_split<n>.txt: '<file> <code> ' where 1 is train, 2 is test and 0 is unused in that split."""
+    paths: list[tuple[str, int, Path]] = []
+    for entry in os.scandir(splits):
+        match = re.fullmatch(r"(.+)_test_split(\d+)\.txt", entry.name)
+        if match:
+            paths.append((match[1], int(match[2]), Path(entry.path)))
+    if not paths:
+        raise DatasetError(f"{splits}: no <class>_test_split<n>.txt in it")
+    listed: _Lists = {}
+    codes: dict[str, Subset | None] = {"0": None, "1": "train", "2": "test"}
+    for class_name, split, path in sorted(paths):
+        for number, line in _lines(path):
+            file_name, _, code = line.rpartition(" ")
+            if code not in codes or not file_name.strip():
+                raise DatasetError(f"{path}:{number}: expected '<file> <0, 1 or 2>', found {line!r}")
+            _add(listed, class_name, file_name.strip(), split, codes[code], path)
+    return tuple(sorted({class_name for class_name, _, _ in paths})), listed
+
+
+def _add(listed: _Lists, class_name: str, file_name: str, split: int, subset: Subset | None, path: Path) -> None:
+    key = (class_name, _comparable(Path(file_name).stem))
+    in_splits = listed.setdefault(key, (file_name, {}))[1]
+    if subset is None:
+        return
+    if in_splits.get(split, subset) != subset:
+        raise DatasetError(f"{path}: {class_name}/{file_name} is in train and in test of split {split}")
+    in_splits[split] = subset
+
+
+def _check_counts(name: str, splits: Path, class_names: tuple[str, ...], listed: _Lists) -> None:
+    videos, classes, per_split = OFFICIAL_COUNTS[name]
+    have = {
+        split: tuple(sum(uses.get(split) == subset for _, uses in listed.values()) for subset in ("train", "test"))
+        for split in per_split
+    }
+    if (len(listed), len(class_names), have) != (videos, classes, per_split):
+        raise DatasetError(
+            f"{splits}: not {name}'s official lists: found {len(listed)} videos, {len(class_names)} classes, "
+            f"(train, test) {have}; expected {videos}, {classes}, {per_split}. Download the lists again"
+        )
+
+
+def _scan_folder(videos: Path) -> list[tuple[str, Path]]:
+    """(class folder, file) of every video, sorted. os.scandir, not glob: names of HMDB-51 hold brackets."""
+    folders = sorted((entry for entry in os.scandir(videos) if entry.is_dir()), key=lambda entry: entry.name)
+    found = [
+        (folder.name, Path(entry.path))
+        for folder in folders
+        for entry in sorted(os.scandir(folder.path), key=lambda entry: entry.name)
+        if entry.name.lower().endswith(VIDEO_SUFFIXES)
+    ]
+    if not found:
+        raise DatasetError(f"{videos}: no video in it; expected <class>/<video>.avi")
+    return found

@@ -1,0 +1,188 @@
+"""One video file -> every one of its frames once, as JPEG at a fixed size.
+
+ffmpeg scales in YUV and hands over planes; the planes go straight into the JPEG encoder. A detour through RGB costs
+more than the decoding itself (docs/performance.md) and gains nothing: JPEG stores YUV. ffmpeg is told never to drop or
+repeat a frame, and the frame count is what came out of the pipe, never what a container claims.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ffmpeg
+import numpy as np
+import simplejpeg
+
+
+class DecodeError(Exception):
+    """A video that gives no usable frames. `reason` is one line; `detail` is what ffmpeg said."""
+
+    def __init__(self, video: Path, reason: str, detail: str = "") -> None:
+        super().__init__(f"{video}: {reason}")
+        self.video, self.reason, self.detail = video, reason, detail
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeSettings:
+    """What decides the bytes of a frame. Recorded in the manifest; changing any of them rebuilds the shards."""
+
+    height: int = 256  # PAS-Net section IV-B, TSN's frame size; the aspect ratio of the source is not kept
+    width: int = 340
+    scaler: str = "bicubic"
+    quality: int = 90  # JPEG; 4:2:0, the subsampling of the sources themselves
+    timeout: float = 900.0  # seconds for one video, after which its ffmpeg is killed
+
+    def __post_init__(self) -> None:
+        if self.height < 16 or self.width < 16 or self.height % 2 or self.width % 2:
+            raise ValueError(f"frame size must be even and at least 16, got {self.height}x{self.width}")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"JPEG quality must be 1 to 100, got {self.quality}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceInfo:
+    """What ffmpeg says of the source's video stream."""
+
+    codec: str
+    width: int
+    height: int
+    fps: float
+
+
+@functools.cache
+def ffmpeg_exe() -> str:
+    """Path of the ffmpeg binary: PATH's own, else the one that the package imageio-ffmpeg carries."""
+    found = shutil.which("ffmpeg")
+    if found:
+        return found
+    import imageio_ffmpeg
+
+    return imageio_ffmpeg.get_ffmpeg_exe()
+
+
+@functools.cache
+def ffmpeg_version() -> str:
+    """First word after "version" in ffmpeg's banner, such as "5.1.9" or "9.0.2-static"."""
+    banner = subprocess.run([ffmpeg_exe(), "-version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    return banner.split("version", 1)[1].split()[0]
+
+
+@functools.cache
+def _passthrough() -> dict[str, str | int]:
+    """The option that means "every frame once": -fps_mode from ffmpeg 5.1 on, -vsync before."""
+    number = re.match(r"n?(\d+)\.(\d+)", ffmpeg_version())
+    old = number is not None and (int(number[1]), int(number[2])) < (5, 1)
+    return {"vsync": 0} if old else {"fps_mode": "passthrough"}
+
+
+def ffmpeg_command(video: Path, settings: DecodeSettings) -> list[str]:
+    """Argument list (never a shell string: 536 names of HMDB-51 hold shell characters) that writes planar YUV 4:2:0.
+
+    Full range and BT.601 are what JPEG (JFIF) means by YUV; most sources are limited range, so the scaler converts.
+    """
+    stream = ffmpeg.input(str(video.absolute()), threads=1, noautorotate=None).video
+    stream = stream.filter(
+        "scale", settings.width, settings.height, flags=settings.scaler, out_range="full", out_color_matrix="bt601"
+    ).filter("format", "yuv420p")
+    output = ffmpeg.output(stream, "pipe:", format="rawvideo", pix_fmt="yuv420p", **_passthrough())
+    return output.global_args("-nostdin", "-hide_banner", "-loglevel", "info", "-nostats").compile(cmd=ffmpeg_exe())
+
+
+def _source_info(words: str) -> SourceInfo | None:
+    """Reads ffmpeg's line about the first input video stream; imageio-ffmpeg carries no ffprobe to ask instead."""
+    line = re.search(r"Stream #0:\d+.*?: Video: (.*)", words)
+    if line is None:
+        return None
+    codec = re.match(r"\w+", line[1])
+    size = re.search(r"[ ,](\d{1,5})x(\d{1,5})\b", line[1])
+    rate = re.search(r"([\d.]+)(k?) (?:fps|tbr)", line[1])
+    if codec is None or size is None:
+        return None
+    fps = float(rate[1]) * (1000 if rate[2] else 1) if rate else 0.0
+    return SourceInfo(codec=codec[0], width=int(size[1]), height=int(size[2]), fps=fps)
+
+
+def _last_words(words: str) -> str:
+    """The line of ffmpeg's output most likely to name the fault."""
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    fault = re.compile(r"invalid|error|corrupt|not found|could not|failed|denied", re.IGNORECASE)
+    faults = [line for line in lines if fault.search(line)]
+    return (faults or lines or ["ffmpeg said nothing"])[-1]
+
+
+class VideoDecoder:
+    """Iterates over the frames of one video as planes (Y (H,W), U (H/2,W/2), V (H/2,W/2)), uint8, full range BT.601.
+
+    `info` is set once the iteration has ended. Raises DecodeError when the video gives no frame, when ffmpeg fails,
+    and when it takes longer than `settings.timeout` seconds.
+    """
+
+    def __init__(self, video: Path, settings: DecodeSettings) -> None:
+        self.video, self.settings = video, settings
+        self.info: SourceInfo | None = None
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        if not self.video.is_file():
+            raise DecodeError(self.video, "no such file")
+        if self.video.stat().st_size == 0:
+            raise DecodeError(self.video, "the file is empty")
+        h, w = self.settings.height, self.settings.width
+        frame_bytes = h * w * 3 // 2
+        count, overran = 0, threading.Event()
+        with tempfile.TemporaryFile() as words_file:  # a pipe could fill up and block ffmpeg
+            process = subprocess.Popen(
+                ffmpeg_command(self.video, self.settings),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=words_file,
+            )
+
+            def stop() -> None:
+                overran.set()
+                process.kill()
+
+            watchdog = threading.Timer(self.settings.timeout, stop)
+            watchdog.start()
+            try:
+                assert process.stdout is not None
+                while len(raw := process.stdout.read(frame_bytes)) == frame_bytes:
+                    planes = np.frombuffer(raw, np.uint8)
+                    y, chroma = planes[: h * w].reshape(h, w), planes[h * w :].reshape(2, h // 2, w // 2)
+                    count += 1
+                    yield y, chroma[0], chroma[1]
+                code = process.wait()
+            finally:
+                watchdog.cancel()
+                process.kill()
+                process.wait()
+                assert process.stdout is not None
+                process.stdout.close()
+            words_file.seek(0)
+            words = words_file.read().decode("utf-8", "replace")
+        if overran.is_set():
+            raise DecodeError(self.video, f"took longer than {self.settings.timeout:g} s", words)
+        if code != 0 or count == 0 or raw:
+            found = f"after {count} frames: " if count else ""
+            raise DecodeError(self.video, found + _last_words(words), words)
+        self.info = _source_info(words)
+        if self.info is None:
+            raise DecodeError(self.video, "ffmpeg names no video stream", words)
+
+
+def decode_video(video: Path, settings: DecodeSettings) -> tuple[list[bytes], SourceInfo]:
+    """Every frame of `video` as a JPEG of settings.height x settings.width, and what the source was.
+
+    Raises DecodeError. The number of frames is the length of the list; all of them came from decoding.
+    """
+    decoder = VideoDecoder(video, settings)
+    jpegs = [simplejpeg.encode_jpeg_yuv_planes(y, u, v, quality=settings.quality) for y, u, v in decoder]
+    assert decoder.info is not None  # set when the iteration ends without an error
+    return jpegs, decoder.info
