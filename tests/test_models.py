@@ -219,7 +219,7 @@ def test_frames_reach_the_temporal_network_in_order() -> None:
 def gmacs(net: nn.Module, *inputs: Tensor, **options: Any) -> float:
     with FlopCounterMode(display=False) as counter:
         net(*inputs, **options)
-    return float(counter.get_total_flops() / 2e9)
+    return counter.get_total_flops() / 2e9
 
 
 @pytest.mark.parametrize(
@@ -256,8 +256,7 @@ def letters(n: int = 3, a: int = 12, p: int = 16) -> dict[str, Tensor]:
 def fuse(style: str, maps: dict[str, Tensor] | None = None, **options: Any) -> Tensor:
     torch.manual_seed(0)
     net = Fusion(style=style, appearance_channels=12, pose_channels=16, **options)
-    h: Tensor = net(**(maps or letters()))
-    return h
+    return net(**(maps or letters()))
 
 
 def test_every_equation() -> None:
@@ -499,7 +498,7 @@ def test_pose_returns_what_is_read_and_everything_on_request() -> None:
 @pytest.mark.parametrize("style", STYLES)
 def test_gradients_reach_every_trainable_parameter(style: str) -> None:
     net = model(style)
-    torch.autograd.backward(nn.functional.cross_entropy(net(clip()), torch.tensor([1, 3])))
+    nn.functional.cross_entropy(net(clip()), torch.tensor([1, 3])).backward()
     without = [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
     assert [n for n, p in net.named_parameters() if not p.requires_grad and p.grad is not None] == []
@@ -631,7 +630,7 @@ def test_a_fresh_network_can_be_trained() -> None:
     for _ in range(12):
         optimiser.zero_grad()
         loss = nn.functional.cross_entropy(net(x), y)
-        torch.autograd.backward(loss)
+        loss.backward()
         optimiser.step()
         losses.append(loss.item())
     assert losses[0] > 1
@@ -666,6 +665,7 @@ def compare(reference: Any, prefix: str, found: dict[str, Tensor]) -> None:
         assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max(), name
 
 
+@pytest.mark.shared
 def test_eco_lite_answers_as_the_original(golden: tuple[Any, Any]) -> None:
     seeded, reference = golden
 
@@ -687,6 +687,7 @@ def test_eco_lite_answers_as_the_original(golden: tuple[Any, Any]) -> None:
     compare(reference, "eco_k8_", found)
 
 
+@pytest.mark.shared
 def test_pose_network_answers_as_the_original(golden: tuple[Any, Any]) -> None:
     seeded, reference = golden
     net = BodyNet()

@@ -105,8 +105,7 @@ class BodyNet(nn.Module):
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # every convolution here has one
 
     def _conv(self, name: str, x: Tensor) -> Tensor:
-        y: Tensor = self.get_submodule(name)(x)
-        return y
+        return self.get_submodule(name)(x)
 
     def _trunk(self, x: Tensor) -> Tensor:
         for layer in TRUNK:

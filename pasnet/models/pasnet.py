@@ -68,8 +68,7 @@ class PASNet(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         """(B,K,3,H,W) -> (B,num_classes)."""
-        logits: Tensor = self.head(self.dropout(self.features(clips)["descriptor"]))
-        return logits
+        return self.head(self.dropout(self.features(clips)["descriptor"]))
 
     def features(self, clips: Tensor, maps: bool = False) -> dict[str, Tensor]:
         """`descriptor` (B,512w), which the head reads; with `maps` also all per-frame maps (B,K,C,h,w).
