@@ -66,7 +66,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from pasnet.report import summary_table
 
     started = time.perf_counter()
-    pasnet(
+    finished = pasnet(
         data=list(study.data),
         out=study.out,
         preset=study.preset,
@@ -79,11 +79,10 @@ def _run(arguments: argparse.Namespace) -> None:
         pose_weights=study.pose_weights,
         overrides=dict(study.overrides),
     )
-    written = json.loads((study.root / "results.json").read_text("utf-8"))
+    seconds = {**finished["seconds"], "all, Prefect's start included": time.perf_counter() - started}
     print()
-    print(summary_table(written["results"]))
-    print("\nseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in written["seconds"].items()), end="")
-    print(f", all {time.perf_counter() - started:.0f}")
+    print(summary_table(json.loads(Path(finished["results"]).read_text("utf-8"))["results"]))
+    print("\nseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     print(f"\nwhere to look next:\n  {study.root / 'RESULTS.md'}: this table in full, with what it is worth")
     print(f"  make serve RUN={study.root}: MLflow on http://127.0.0.1:5000, to compare the fusion styles")
     print(f"  {study.root / 'shards'}: shards for any other video model (shards/README.md)")

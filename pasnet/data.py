@@ -22,7 +22,7 @@ from shards import ShardSet, open_shards, segment_indices
 allow_torchvision()
 from torchvision.transforms.v2 import functional as tv  # noqa: E402  (needs the line above on a CPU-only torch)
 
-__all__ = ["Batch", "ClipDataset", "Loader", "ShardSet", "open_shards", "test_crop", "train_crop"]
+__all__ = ["Batch", "ClipDataset", "Loader", "ShardSet", "open_shards", "centre_crop", "train_crop"]
 
 CENTRE_CROP = 224 / 256  # of the frame height, at test time
 
@@ -55,7 +55,7 @@ def train_crop(height: int, width: int, config: DataConfig, rng: np.random.Gener
     return y * (height - h) // 4, x * (width - w) // 4, h, w
 
 
-def test_crop(height: int, width: int) -> tuple[int, int, int, int]:
+def centre_crop(height: int, width: int) -> tuple[int, int, int, int]:
     """(top, left, height, width) of the centre crop: 224x224 of a 256x340 frame."""
     size = round(min(height, width) * CENTRE_CROP)
     return (height - size) // 2, (width - size) // 2, size, size
@@ -74,7 +74,7 @@ class ClipDataset(Dataset[tuple[Tensor, int, int, np.ndarray]]):
         indices = segment_indices(num_frames, config.num_segments, rng)
         frames = torch.from_numpy(self.shards.read_frames(row, indices)).permute(0, 3, 1, 2)  # (K, 3, H, W), no copy
         height, width = frames.shape[-2:]
-        crop = test_crop(height, width) if rng is None else train_crop(height, width, config, rng)
+        crop = centre_crop(height, width) if rng is None else train_crop(height, width, config, rng)
         size = [config.input_size, config.input_size]
         frames = tv.resized_crop(frames, *crop, size, antialias=True)  # (K, 3, S, S)
         if rng is not None and config.flip and rng.random() < 0.5:

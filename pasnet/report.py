@@ -68,9 +68,10 @@ def _study_section(study: dict[str, Any]) -> list[str]:
         missing = f", {of['missing']} listed videos not on disk" if of["missing"] else ""
         failed = f", {of['failed']} could not be decoded" if of["failed"] else ""
         lines.append(f"- Data: **{of['dataset']}**, {of['videos']} videos, {of['frames']} frames{missing}{failed}.")
-    sizes = sorted({(r["width"], r["input_size"], r["start"], r["device"]) for r in done})
-    for width, input_size, start, device in sizes:
-        lines.append(f"- Network: **width {width:g}**, {input_size}x{input_size} input, {start}, trained on {device}.")
+    sizes = sorted({(r["width"], r["input_size"], r["start"], r["train_fraction"], r["device"]) for r in done})
+    for width, input_size, start, share, device in sizes:
+        part = f" with {share:.0%} of the training videos" if share < 1 else ""
+        lines.append(f"- Network: **width {width:g}**, {input_size}x{input_size} input, {start}, trained on {device}{part}.")
     if any(record["dataset"] != record["paper_dataset"] or record["width"] != 1 for record in done):
         lines.append(
             "- **Not the paper's setting**: the gap says how far this run is from the paper's number, not how good the "

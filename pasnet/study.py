@@ -113,13 +113,17 @@ class Shards:
     frames: int
     failed: int
     missing: int
-    splits: tuple[int, ...]
+    subsets: Mapping[str, Mapping[str, int]]  # {"split1": {"train": 9537, "test": 3783}}
+
+    @property
+    def splits(self) -> tuple[int, ...]:
+        """Splits with videos in both subsets."""
+        return tuple(int(name[5:]) for name, of in self.subsets.items() if of["train"] and of["test"])
 
     @staticmethod
     def of(folder: Path) -> Shards:
         """Reads the folder's manifest."""
         manifest = json.loads((Path(folder) / "manifest.json").read_text("utf-8"))
-        usable = [int(name[5:]) for name, of in manifest["subsets"].items() if of["train"] and of["test"]]
         return Shards(
             dataset=manifest["dataset"],
             folder=str(folder),
@@ -129,7 +133,7 @@ class Shards:
             frames=manifest["frames"],
             failed=manifest["failed"],
             missing=manifest["listed_but_missing"],
-            splits=tuple(usable),
+            subsets=manifest["subsets"],
         )
 
 
@@ -207,10 +211,13 @@ def _job(study: Study, of: Shards, training: Training, split: int, seed: int, pa
     config = TrainConfig(
         model=ModelConfig(num_classes=of.num_classes, fusion=FusionConfig(style=training.fusion), width=size.width),
         data=DataConfig(shards=of.folder, split=split, num_segments=training.num_segments, input_size=size.input_size),
-        optim=size.optim,
+        optim=size.eco_optim if training.strategy == "eco" else size.optim,
         init=InitConfig(eco="" if parent else study.eco_weights, pose=pose, parent=start),
         seed=seed,
     )
+    train_videos = of.subsets[f"split{split}"]["train"]
+    if size.max_train_videos is not None and train_videos > size.max_train_videos:
+        config = replace(config, {"data.train_fraction": size.max_train_videos / train_videos})
     config = replace(config, dict(study.overrides))
     digest = run_digest(config, of.digest, Path(parent.folder).name if parent else "")
     slug = re.sub(r"[^a-z0-9]+", "-", f"{training.strategy} {training.fusion}".lower()).strip("-")
@@ -335,6 +342,7 @@ def _result(
         "start": start,
         "width": config.model.width,
         "input_size": data.input_size,
+        "train_fraction": data.train_fraction,
         "top1": numbers["top1"],
         "top5": numbers["top5"],
         "top1_low": numbers["top1_low"],

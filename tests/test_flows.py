@@ -1,0 +1,170 @@
+"""The flow itself: every fusion style on tiny videos, what a second run does, and a real server with a real worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pasnet.config import FUSION_TITLES
+from pasnet.tracking import client
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prefect")
+
+
+def run_flow(home: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PREFECT_HOME": str(home)}
+    env.pop("PREFECT_API_URL", None)
+    command = [sys.executable, "-m", "flows", "--preset", "tiny", *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=580)
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_every_fusion_style_and_a_second_run(home: Path, videos: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(videos, tmp_path / "data")
+    victim = sorted((data / "videos").rglob("*.avi"))[0]
+    victim.write_bytes(b"damaged")  # set aside with its reason; the run goes on
+    arguments = ("--data", str(data), "--out", "out", "--tables", "table-1", "table-2", "--fusions", *FUSION_TITLES)
+    first = run_flow(home, tmp_path, *arguments)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert "seconds: videos" in first.stdout and "1 set aside" in first.stdout
+    study = results_of(tmp_path / "out")
+    done = study["results"]
+    assert len(done) == 16 and all(record["status"] == "done" for record in done)
+    assert {record["fusion"] for record in done} == set(FUSION_TITLES)
+    assert {record["strategy"] for record in done} == {"eco", "conventional", "twice-finetune"}
+    assert (study["shards"][0]["videos"], study["shards"][0]["failed"]) == (11, 1)
+    assert len({folder for record in done for folder in record["trainings"]}) == 13  # shared between the tables
+
+    page = (tmp_path / "out" / "RESULTS.md").read_text()
+    assert "**ucf-layout**, 11 videos" not in page and "**synthetic**, 11 videos" in page
+    assert "width 0.0625" in page and "random start" in page and "Not the paper's setting" in page
+    assert "| A + 0.5 pool(I) + pool(F) | twice-finetune | synthetic, 1, 0 | 2 | 91.37 |" in page
+
+    mlflow = client(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}")
+    by_table = {}
+    for name in ("pasnet/fusion", "pasnet/training-strategy"):
+        experiment = mlflow.get_experiment_by_name(name)
+        assert experiment is not None
+        runs = mlflow.search_runs([experiment.experiment_id], max_results=100)
+        [parent] = [run for run in runs if run.data.tags["kind"] == "table"]
+        children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+        assert len(children) == len(runs) - 1
+        assert len({tuple(sorted(run.data.params)) for run in children}) == 1  # the same names, so that they compare
+        by_table[name] = {run.data.params["fusion"]: run for run in children}
+        assert all({"test/top1", "test/top5", "gap_to_paper"} <= run.data.metrics.keys() for run in children)
+    assert set(by_table["pasnet/fusion"]) == set(FUSION_TITLES) - {"A+1*1conv"}
+    best = by_table["pasnet/fusion"]["A+pool(I)+pool(F)"]
+    [record] = [r for r in done if r["table"] == "table-2" and r["fusion"] == "A+pool(I)+pool(F)"]
+    assert best.data.tags["paper_top1"] == "91.37" and best.info.run_id == record["run"]
+    assert best.data.metrics["test/top1"] == record["top1"]
+    assert any(artifact.path == "predictions.parquet" for artifact in mlflow.list_artifacts(best.info.run_id))
+
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("last.pt")}
+    again = run_flow(home, tmp_path, *arguments)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "epoch" not in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("last.pt")} == stamps
+    assert [record["run"] for record in results_of(tmp_path / "out")["results"]] == [record["run"] for record in done]
+
+
+@pytest.mark.slow
+def test_a_failed_training_leaves_the_others_alone(home: Path, videos: Path, tmp_path: Path) -> None:
+    arguments = ("--data", str(videos), "--out", "out", "--tables", "table-1", "--fusions", "Conv(A,I)")
+    run_flow(home, tmp_path, *arguments, "--set", "optim.lr=1e30", "--set", "optim.clip_norm=1e30", "--set", "optim.epochs=2")
+    study = results_of(tmp_path / "out")
+    by_strategy = {record["strategy"]: record for record in study["results"]}
+    assert {record["status"] for record in by_strategy.values()} == {"failed"}
+    assert "loss is" in by_strategy["conventional"]["reason"] and "train.log" in by_strategy["conventional"]["reason"]
+    assert "failed: " in (tmp_path / "out" / "RESULTS.md").read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A Prefect server and a process worker on loopback; yields the environment that reaches them."""
+    env = {
+        **os.environ,
+        "PREFECT_HOME": str(tmp_path / "home"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_API_URL": f"http://127.0.0.1:{(port := free_port())}/api",
+    }
+    (tmp_path / "home").mkdir()
+    started = []
+
+    def start(*command: str) -> subprocess.Popen[bytes]:
+        with open(tmp_path / f"{command[0]}.log", "wb") as log:
+            process = subprocess.Popen(
+                [BIN / "prefect", *command], env=env, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+            )
+        started.append(process)
+        return process
+
+    try:
+        start("server", "start", "--host", "127.0.0.1", "--port", str(port))
+        wait_for(lambda: prefect(env, "work-pool", "ls").returncode == 0, "the server", 150)
+        start("worker", "start", "--pool", "local", "--type", "process")
+        wait_for(lambda: prefect(env, "work-pool", "inspect", "local").returncode == 0, "the worker's pool", 60)
+        yield env
+    finally:
+        for process in reversed(started):  # the worker first: without a server it would wait
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def prefect(env: dict[str, str], *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([BIN / "prefect", *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def wait_for(ready: Any, what: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline, f"{what} did not come up in {seconds:g} s"
+        time.sleep(1)
+
+
+@pytest.mark.slow
+def test_the_deployment_runs_through_a_server_and_a_worker(server: dict[str, str], videos: Path, tmp_path: Path) -> None:
+    deployed = prefect(server, "--no-prompt", "deploy", "--all", timeout=120)
+    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+    listed = prefect(server, "deployment", "ls").stdout
+    assert "pasnet/full-reproduction" in listed and "pasnet/smoke" in listed
+
+    refused = prefect(server, "deployment", "run", "pasnet/full-reproduction", "--param", "num_segments=0")
+    assert refused.returncode != 0 and "num_segments" in refused.stdout + refused.stderr
+
+    parameters = {"preset": "tiny", "data": [str(videos)], "out": str(tmp_path / "out"), "tables": ["table-2"]}
+    given = [word for name, value in parameters.items() for word in ("--param", f"{name}={json.dumps(value)}")]
+    ran = prefect(server, "deployment", "run", "pasnet/full-reproduction", *given, "--watch", timeout=500)
+    assert ran.returncode == 0 and "Completed" in ran.stdout, ran.stdout[-2000:] + (tmp_path / "worker.log").read_text()[-3000:]
+    records = results_of(tmp_path / "out")["results"]
+    assert [record["status"] for record in records] == ["done", "done"]

@@ -1,0 +1,294 @@
+"""Data, loop, checkpoints and evaluation, through the real `train` on real (tiny, synthetic) videos."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pasnet import train as training
+from pasnet.config import ConfigError, DataConfig, FusionConfig, InitConfig, ModelConfig, OptimConfig, TrainConfig, replace
+from pasnet.data import ClipDataset, Loader, open_shards, centre_crop, train_crop
+from pasnet.evaluate import EvaluationError, Predictions, ensemble, metrics, predict
+from pasnet.models.pasnet import build
+from pasnet.train import TrainingError, evaluate_checkpoint, lr_scale_at, set_train_mode, train
+from pasnet.weights import WeightsError
+
+
+@pytest.fixture
+def config(shard_folder: Path) -> TrainConfig:
+    return TrainConfig(
+        model=ModelConfig(num_classes=3, fusion=FusionConfig(style="A"), width=0.0625),
+        data=DataConfig(shards=str(shard_folder), num_segments=3, input_size=48, workers=0),
+        optim=OptimConfig(epochs=2, lr=0.01, batch=4, micro_batch=2, schedule="constant"),
+    )
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "last.pt", weights_only=True)["model"]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+class Stop(Exception):
+    pass
+
+
+class TestData:
+    def test_a_batch_is_what_the_shards_hold(self, config: TrainConfig) -> None:
+        shards = open_shards(Path(config.data.shards))
+        loader = Loader(shards, config.data, subset="test", batch=2, seed=0)
+        batches = list(loader.epoch(0))
+        assert batches[0].clips.shape == (2, 3, 3, 48, 48) and batches[0].clips.dtype == torch.uint8
+        rows = [row for batch in batches for row in batch.rows.tolist()]
+        assert rows == loader.rows.tolist()
+        assert [int(x) for batch in batches for x in batch.labels] == shards.labels[loader.rows].tolist()
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_workers_do_not_change_a_batch(self, config: TrainConfig, workers: int) -> None:
+        shards = open_shards(Path(config.data.shards))
+        alone = Loader(shards, config.data, subset="train", batch=2, seed=3)
+        helped = Loader(shards, replace(config, {"data.workers": workers}).data, subset="train", batch=2, seed=3)
+        for epoch in (0, 1):
+            for a, b in zip(alone.epoch(epoch), helped.epoch(epoch), strict=True):
+                assert torch.equal(a.clips, b.clips) and torch.equal(a.rows, b.rows) and torch.equal(a.frames, b.frames)
+
+    def test_epochs_and_seeds_differ(self, config: TrainConfig) -> None:
+        shards = open_shards(Path(config.data.shards))
+
+        def look(seed: int, epoch: int) -> list[int]:
+            loader = Loader(shards, config.data, subset="train", batch=2, seed=seed)
+            return [int(batch.clips.sum()) for batch in loader.epoch(epoch)]
+
+        assert look(0, 0) == look(0, 0)
+        assert look(0, 0) != look(0, 1)
+        assert look(0, 0) != look(1, 0)
+
+    def test_test_clips_never_change(self, config: TrainConfig) -> None:
+        shards = open_shards(Path(config.data.shards))
+        data = ClipDataset(shards, config.data, train=False, seed=0)
+        row = int(shards.select(1, "test")[0])
+        assert torch.equal(data[0, row][0], data[7, row][0])
+
+    def test_one_crop_for_all_frames_of_a_clip(self, config: TrainConfig) -> None:
+        # K frames of a one-frame segment each, sampled from a clip whose frames are the same picture
+        shards = open_shards(Path(config.data.shards))
+        still = ClipDataset(shards, config.data, train=True, seed=0)
+        still.shards.read_frames = lambda row, indices: np.repeat(  # type: ignore[method-assign]
+            np.random.default_rng(0).integers(0, 255, (1, 256, 340, 3), np.uint8), len(indices), 0
+        )
+        clip = still[0, 0][0]
+        assert torch.equal(clip[0], clip[1]) and torch.equal(clip[0], clip[2])
+
+    def test_crops_are_those_of_eco(self, config: TrainConfig) -> None:
+        rng = np.random.default_rng(0)
+        seen = {train_crop(256, 340, config.data, rng) for _ in range(5000)}
+        sides = {h for _, _, h, _ in seen} | {w for _, _, _, w in seen}
+        assert sides == {256, 224, 192, 168}
+        pairs = {(h, w) for _, _, h, w in seen}
+        assert (256, 192) not in pairs and (256, 224) in pairs and len(pairs) == 10
+        assert {(top, left) for top, left, h, w in seen if (h, w) == (224, 224)} == {
+            *((y, x) for y in (0, 16, 32) for x in (0, 58, 116)),
+            *((y, x) for y in (8, 24) for x in (29, 87)),
+        }
+        assert all(top + h <= 256 and left + w <= 340 for top, left, h, w in seen)
+        assert centre_crop(256, 340) == (16, 58, 224, 224)
+
+    def test_random_crop_stays_inside(self, config: TrainConfig) -> None:
+        data = replace(config, {"data.crop": "random"}).data
+        rng = np.random.default_rng(0)
+        seen = [train_crop(256, 340, data, rng) for _ in range(2000)]
+        assert {(h, w) for _, _, h, w in seen} == {(224, 224)}
+        assert {top for top, *_ in seen} == set(range(33)) and {left for _, left, *_ in seen} == set(range(117))
+
+    def test_train_fraction_keeps_every_class(self, config: TrainConfig) -> None:
+        shards = open_shards(Path(config.data.shards))
+        part = Loader(shards, replace(config, {"data.train_fraction": 0.4}).data, subset="train", batch=2, seed=0)
+        assert sorted(shards.labels[part.rows].tolist()) == [0, 1, 2]
+
+
+class TestLoop:
+    def test_resume_equals_uninterrupted_bit_for_bit(self, config: TrainConfig, tmp_path: Path) -> None:
+        config = replace(config, {"optim.epochs": 3, "model.fusion.style": "Conv(A,I)"})
+        train(config, tmp_path / "whole")
+
+        def stop(record: dict[str, Any]) -> None:
+            if record["epoch"] == 2:
+                raise Stop
+
+        with pytest.raises(Stop):
+            train(config, tmp_path / "parts", stop)
+        assert not (tmp_path / "parts" / "done.json").exists()
+        result = train(config, tmp_path / "parts")
+        assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+        whole, parts = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("whole", "parts"))
+        assert [r["train_loss"] for r in whole] == [r["train_loss"] for r in parts]
+        assert result["last"]["epoch"] == 3
+
+    def test_the_loss_falls(self, config: TrainConfig, tmp_path: Path) -> None:
+        changes = {"optim.epochs": 30, "optim.lr": 0.02, "model.dropout": 0, "model.width": 0.125, "optim.batch": 9}
+        changes |= {"optim.micro_batch": 9, "data.flip": False, "data.scales": (1.0,), "data.input_size": 64}
+        train(replace(config, changes), tmp_path)
+        history = json.loads((tmp_path / "history.json").read_text())
+        assert min(record["train_loss"] for record in history[-5:]) < 0.6 * history[0]["train_loss"]
+        assert max(record["train_top1"] for record in history[-5:]) > 85
+
+    def test_accumulation_equals_one_big_batch(self, config: TrainConfig, tmp_path: Path) -> None:
+        # 9 clips in steps of 6: the second step is a part-filled one. Batch norm frozen, since it sees micro batches.
+        base = {"optim.epochs": 1, "optim.batch": 6, "optim.bn_mode": "frozen", "model.dropout": 0, "optim.clip_norm": 0.5}
+        train(replace(config, {**base, "optim.micro_batch": 6}), tmp_path / "big")
+        train(replace(config, {**base, "optim.micro_batch": 1}), tmp_path / "small")
+        big, small = weights_of(tmp_path / "big"), weights_of(tmp_path / "small")
+        torch.manual_seed(config.seed)
+        start = build(config.model).state_dict()
+        moved = max(float((big[key] - start[key]).abs().max()) for key in big)
+        apart = max(float((big[key] - small[key]).abs().max()) for key in big)
+        assert moved > 1e-4 and apart < 1e-3 * moved
+
+    def test_the_applied_gradient_is_clipped(self, config: TrainConfig, tmp_path: Path) -> None:
+        base = {"optim.epochs": 1, "optim.batch": 9, "optim.micro_batch": 3, "optim.weight_decay": 0, "optim.momentum": 0}
+        train(replace(config, {**base, "optim.nesterov": False, "optim.clip_norm": 1e-3}), tmp_path)
+        torch.manual_seed(config.seed)
+        start, after = dict(build(config.model).named_parameters()), weights_of(tmp_path)
+        # one step; biases move at twice the rate
+        step = [(after[k] - p.detach()) / (0.02 if k.endswith("bias") and "_bn" not in k else 0.01) for k, p in start.items()]
+        assert torch.stack([part.norm() for part in step]).norm().item() == pytest.approx(1e-3, rel=0.02)
+
+    def test_a_loss_that_is_not_finite_stops_and_names_the_clips(self, config: TrainConfig, tmp_path: Path) -> None:
+        with pytest.raises(TrainingError, match=r"loss is .* in epoch \d+, lr .*, clips: \w+/v_\w+"):
+            train(replace(config, {"optim.lr": 1e30, "optim.clip_norm": 1e30}), tmp_path)
+
+    def test_twice_finetune_starts_from_eco(self, config: TrainConfig, tmp_path: Path) -> None:
+        train(config, tmp_path / "eco")
+        parent = str(tmp_path / "eco" / "last.pt")
+        config = replace(config, {"model.fusion.style": "A+pool(I)", "init.parent": parent, "optim.lr": 1e-12})
+        train(config, tmp_path / "pas")
+        eco, pas = weights_of(tmp_path / "eco"), weights_of(tmp_path / "pas")
+        learnt = [key for key in eco if key.endswith((".weight", ".bias")) and eco[key].ndim > 1]
+        assert learnt and all(torch.allclose(eco[key], pas[key], atol=1e-7) for key in learnt)
+        assert torch.allclose(eco["head.weight"], pas["head.weight"], atol=1e-7)
+        assert "216 tensors loaded, 0 left" in (tmp_path / "pas" / "load_report.txt").read_text()
+
+    def test_a_checkpoint_of_another_split_is_refused(self, config: TrainConfig, tmp_path: Path) -> None:
+        train(replace(config, {"optim.epochs": 1}), tmp_path / "one")
+        init = {"init.parent": str(tmp_path / "one" / "last.pt"), "data.split": 2}
+        with pytest.raises(WeightsError, match="was trained on split 1, this run is on 2"):
+            train(replace(config, init), tmp_path / "two")
+
+    def test_a_folder_of_another_run_is_refused(self, config: TrainConfig, tmp_path: Path) -> None:
+        train(replace(config, {"optim.epochs": 1}), tmp_path)
+        with pytest.raises(ConfigError, match="is a run with other settings"):
+            train(replace(config, {"optim.epochs": 1, "optim.lr": 0.5}), tmp_path)
+
+    def test_plateau_divides_by_ten_after_patience(self) -> None:
+        optim = OptimConfig(patience=2)
+        top1 = [50, 60, 60, 59, 58, 61, 60, 60]
+        history: list[dict[str, Any]] = [{"test_top1": value} for value in top1]
+        scales = [lr_scale_at(epoch, optim, history[:epoch]) for epoch in range(len(top1) + 1)]
+        assert scales == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.01])
+
+    def test_fixed_steps(self) -> None:
+        optim = OptimConfig(schedule="steps", steps=(2, 3))
+        assert [lr_scale_at(epoch, optim, []) for epoch in range(5)] == pytest.approx([1, 1, 0.1, 0.01, 0.01])
+
+    @pytest.mark.parametrize(("mode", "moving"), [("train", 30), ("partial", 1), ("frozen", 0)])
+    def test_batch_norm_modes(self, config: TrainConfig, mode: str, moving: int) -> None:
+        model = build(config.model)
+        model.train()
+        set_train_mode(model, replace(config, {"optim.bn_mode": mode}).optim)
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d | torch.nn.BatchNorm3d)]
+        assert sum(norm.training for norm in norms) == moving
+        assert sum(norm.weight.requires_grad for norm in norms) == moving
+
+    def test_frozen_pose_does_not_move(self, config: TrainConfig, tmp_path: Path) -> None:
+        config = replace(config, {"model.fusion.style": "A+pool(I)", "optim.freeze_pose": True, "optim.epochs": 1})
+        train(config, tmp_path)
+        torch.manual_seed(config.seed)
+        start, after = build(config.model).state_dict(), weights_of(tmp_path)
+        assert all(torch.equal(start[key], after[key]) for key in after if key.startswith("pose."))
+        assert not torch.equal(start["head.weight"], after["head.weight"])
+
+    def test_identity_is_what_decides_the_result(self, config: TrainConfig) -> None:
+        def identity(shards: str = "d", parent: str = "", **changes: Any) -> str:
+            return training.run_digest(replace(config, changes), shards, parent)
+
+        assert identity() == identity(**{"data.workers": 2}) == identity(**{"data.shards": "/moved"})
+        others = [identity("e"), identity(parent="p"), identity(seed=1), identity(**{"optim.lr": 0.5})]
+        assert len({identity(), *others}) == 5
+
+
+class TestEvaluation:
+    def test_checkpoint_gives_the_last_epochs_numbers(self, config: TrainConfig, tmp_path: Path) -> None:
+        result = train(config, tmp_path)
+        numbers = evaluate_checkpoint(tmp_path / "last.pt", Path(config.data.shards), tmp_path / "evaluation")
+        assert numbers["top1"] == result["last"]["test_top1"]
+        saved = Predictions.load(tmp_path / "evaluation" / "predictions.parquet")
+        assert metrics(saved) == numbers
+        shards = open_shards(Path(config.data.shards))
+        assert list(saved.keys) == [shards.keys[row] for row in shards.select(1, "test")]
+        assert saved.frames.shape == (3, 3) and np.allclose(saved.probabilities.sum(1), 1, atol=1e-5)
+
+    def test_a_missing_clip_stops_the_report(self, config: TrainConfig) -> None:
+        shards = open_shards(Path(config.data.shards))
+        loader = Loader(shards, config.data, subset="test", batch=1, seed=0)
+        loader._batches.rows = loader.rows[:-1]
+        with pytest.raises(EvaluationError, match="3 test videos, but 2 distinct"):
+            predict(build(config.model), loader, shards.keys, torch.device("cpu"), "fp32")
+
+    def test_nan_stops_the_report(self, config: TrainConfig) -> None:
+        shards = open_shards(Path(config.data.shards))
+        model = build(config.model)
+        torch.nn.init.constant_(model.head.weight, float("nan"))
+        with pytest.raises(EvaluationError, match="NaN"):
+            predict(model, Loader(shards, config.data, subset="test", batch=2, seed=0), shards.keys, torch.device("cpu"), "fp32")
+
+    def test_metrics_by_hand(self) -> None:
+        probabilities = np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]], np.float32)
+        made = Predictions(
+            keys=("a", "b", "c", "d"), labels=np.array([0, 0, 1, 0]), probabilities=probabilities, frames=np.zeros((4, 1))
+        )
+        numbers = metrics(made)
+        assert numbers["top1"] == 75 and numbers["top5"] == 100 and numbers["videos"] == 4
+        assert numbers["mean_class"] == pytest.approx(100 * (2 / 3 + 1) / 2, abs=1e-3)
+        assert 0 <= numbers["top1_low"] < 75 < numbers["top1_high"] <= 100
+
+    def test_top5_counts_five(self) -> None:
+        probabilities = np.tile(np.arange(7, 0, -1) / 28, (2, 1)).astype(np.float32)
+        made = Predictions(keys=("a", "b"), labels=np.array([4, 5]), probabilities=probabilities, frames=np.zeros((2, 1)))
+        assert metrics(made)["top5"] == 50
+
+    def test_ensemble_aligns_by_key(self) -> None:
+        a = Predictions(
+            keys=("x", "y"), labels=np.array([0, 1]), probabilities=np.array([[0.9, 0.1], [0.6, 0.4]]), frames=np.zeros((2, 1))
+        )
+        b = Predictions(
+            keys=("y", "x"), labels=np.array([1, 0]), probabilities=np.array([[0.1, 0.9], [0.7, 0.3]]), frames=np.zeros((2, 1))
+        )
+        fused = ensemble([a, b])
+        assert fused.probabilities == pytest.approx(np.array([[0.8, 0.2], [0.35, 0.65]]))
+        logits = ensemble([a, b], "logits").probabilities
+        assert logits[0, 0] == pytest.approx(np.sqrt(0.63) / (np.sqrt(0.63) + np.sqrt(0.03)), rel=1e-5)
+        with pytest.raises(EvaluationError, match="different videos"):
+            ensemble([a, Predictions(keys=("x",), labels=a.labels[:1], probabilities=a.probabilities[:1], frames=a.frames[:1])])
+
+
+def test_init_from_public_weights(config: TrainConfig, tmp_path: Path) -> None:
+    donor = build(replace(config, {"model.num_classes": 7, "model.fusion.style": "Conv(A,I)"}).model).state_dict()
+    eco = {f"module.base_model.{k.partition('.')[2]}": v for k, v in donor.items() if k.startswith(("appear", "tempo"))}
+    eco |= {f"module.new_fc.{k.partition('.')[2]}": v for k, v in donor.items() if k.startswith("head.")}
+    pose = {k.removeprefix("pose."): v for k, v in donor.items() if k.startswith("pose.")}
+    torch.save({"state_dict": eco}, tmp_path / "eco.pth.tar")
+    torch.save(pose, tmp_path / "pose.pth")
+    config = replace(config, {"model.fusion.style": "Conv(A,I)", "optim.lr": 1e-12, "optim.epochs": 1, "optim.bn_mode": "frozen"})
+    init = InitConfig(eco=str(tmp_path / "eco.pth.tar"), pose=str(tmp_path / "pose.pth"))
+    train(TrainConfig(**{**config.__dict__, "init": init}), tmp_path / "run")
+    got = weights_of(tmp_path / "run")
+    loaded = [key for key in got if not key.startswith(("head.", "fusion."))]
+    assert all(torch.allclose(got[key].float(), donor[key].float(), atol=1e-6) for key in loaded)
+    assert "214 tensors loaded, 2 left" in (tmp_path / "run" / "load_report.txt").read_text()
