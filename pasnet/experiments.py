@@ -286,7 +286,7 @@ PRESETS: dict[str, Preset] = {
         width=0.125,
         input_size=112,
         num_segments=None,
-        optim=OptimConfig(epochs=4, lr=0.005, batch=8, micro_batch=8, schedule="constant"),
+        optim=OptimConfig(epochs=3, lr=0.005, batch=8, micro_batch=8, schedule="constant"),
         eco_optim=OptimConfig(epochs=20, lr=0.02, batch=8, micro_batch=8, schedule="constant"),
         tables=("table-2",),
         fusions=("A", "Conv(A,I)", "A+pool(I)+pool(F)"),
