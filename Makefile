@@ -19,11 +19,13 @@ install: $(VENV)/.installed  ## the environment in .venv, versions as in constra
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=/path/to/python3.11"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (minutes)"; date +%s >.install-started
+	@$(PYTHON) -m venv $(VENV)
 	@unset PYTHONDONTWRITEBYTECODE; \
 	    { $(BIN)/pip install --quiet uv && UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(BIN)/uv pip install \
 	      --quiet --python $(BIN)/python --compile-bytecode -e '.[dev]' -c constraints.txt; } || \
 	    { echo "uv could not install, pip tries"; $(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt; }
+	@echo "installed in $$(( $$(date +%s) - $$(cat .install-started) )) s"; rm -f .install-started
 	@touch $@
 
 smoke: install  ## raw videos to results table in minutes; DATA=folder for real videos, OUT=folder for the results

@@ -66,22 +66,26 @@ def _run(arguments: argparse.Namespace) -> None:
     from pasnet.report import summary_table
 
     started = time.perf_counter()
-    finished = pasnet(
-        data=list(study.data),
-        out=study.out,
-        preset=study.preset,
-        tables=list(study.tables),
-        fusions=list(study.fusions),
-        splits=list(study.splits),
-        seeds=list(study.seeds),
-        num_segments=study.num_segments,
-        eco_weights=study.eco_weights,
-        pose_weights=study.pose_weights,
-        overrides=dict(study.overrides),
-    )
-    seconds = {**finished["seconds"], "all, Prefect's start included": time.perf_counter() - started}
-    print()
-    print(summary_table(json.loads(Path(finished["results"]).read_text("utf-8"))["results"]))
+    seconds = {}
+    try:
+        finished = pasnet(
+            data=list(study.data),
+            out=study.out,
+            preset=study.preset,
+            tables=list(study.tables),
+            fusions=list(study.fusions),
+            splits=list(study.splits),
+            seeds=list(study.seeds),
+            num_segments=study.num_segments,
+            eco_weights=study.eco_weights,
+            pose_weights=study.pose_weights,
+            overrides=dict(study.overrides),
+        )
+        seconds = finished["seconds"]
+    finally:  # a study with a failed row has a table too
+        if (study.root / "results.json").is_file():
+            print("\n" + summary_table(json.loads((study.root / "results.json").read_text("utf-8"))["results"]))
+    seconds["all, Prefect's start included"] = time.perf_counter() - started
     print("\nseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     print(f"\nwhere to look next:\n  {study.root / 'RESULTS.md'}: this table in full, with what it is worth")
     print(f"  make serve RUN={study.root}: MLflow on http://127.0.0.1:5000, to compare the fusion styles")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prefect import task
+from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
 from prefect.futures import PrefectFuture
@@ -21,7 +22,7 @@ def ensure_gpu_limit() -> None:
             client.upsert_global_concurrency_limit_by_name(GPU, 1)
 
 
-@task(task_run_name="train {job.title}")
+@task(task_run_name="train {job.title}", cache_policy=NO_CACHE)
 def train(job: Job, tracking_uri: str) -> str:
     """The folder of the finished training."""
     with concurrency(GPU, occupy=1, strict=True):
@@ -29,7 +30,7 @@ def train(job: Job, tracking_uri: str) -> str:
     return job.folder
 
 
-@task(task_run_name="evaluate {job.title}")
+@task(task_run_name="evaluate {job.title}", cache_policy=NO_CACHE)
 def evaluate(job: Job) -> str:
     """The folder of the evaluated training."""
     with concurrency(GPU, occupy=1, strict=True):

@@ -1,4 +1,8 @@
-"""Raw videos -> finished shard folders, one task per shard (a task per video would swamp Prefect's database)."""
+"""Raw videos -> finished shard folders, one task per shard (a task per video would swamp Prefect's database).
+
+NO_CACHE: the work itself knows what is done (shards/pack.py compares digests with the files that are there), and
+Prefect's cache would hash 13,320 videos per task and then believe in files that are gone.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ from pathlib import Path
 
 from prefect import task
 from prefect.artifacts import create_table_artifact
-from prefect.futures import wait
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
 
 import shards
 from pasnet.study import EMBEDDED, Shards, Study, make_synthetic
@@ -15,20 +20,20 @@ from shards import Dataset, DecodeSettings
 from shards.pack import ShardPlan
 
 
-@task(task_run_name="videos {source}")
+@task(task_run_name="videos {source}", cache_policy=NO_CACHE)
 def videos(study: Study, source: str, workers: int) -> Dataset:
     """The dataset in a folder; the embedded one is generated first."""
     root = make_synthetic(study, shards.ffmpeg_exe(), workers) if source == EMBEDDED else Path(source)
     return shards.scan(*shards.find_dataset(root))
 
 
-@task(task_run_name="pack {plan.name}")
+@task(task_run_name="pack {plan.name}", cache_policy=NO_CACHE)
 def pack(plan: ShardPlan, folder: Path, settings: DecodeSettings) -> int:
     """Decodes and packs one shard; how many of its videos failed."""
     return len(shards.build_shard(plan, folder, settings)["failures"])
 
 
-@task(task_run_name="index {dataset.name}")
+@task(task_run_name="index {dataset.name}", cache_policy=NO_CACHE)
 def index(dataset: Dataset, plans: tuple[ShardPlan, ...], folder: Path, settings: DecodeSettings) -> Shards:
     """Closes the folder: index, failures, manifest. The failures are shown as a Prefect artifact too."""
     try:
@@ -41,15 +46,18 @@ def index(dataset: Dataset, plans: tuple[ShardPlan, ...], folder: Path, settings
     return Shards.of(folder)
 
 
-def prepare(study: Study, dataset: Dataset) -> Shards:
-    """All tasks of one dataset's shards."""
+def prepare(study: Study, dataset: Dataset, workers: int) -> Shards:
+    """All tasks of one dataset's shards, `workers` of them at a time."""
     settings = DecodeSettings()
     folder = study.root / "shards" / dataset.name
     plans = shards.plan(dataset, settings)
     started = time.perf_counter()
-    packed = [pack.submit(plan, folder, settings) for plan in plans]
-    wait(packed)
-    for future in packed:
+    packing: list[PrefectFuture[int]] = []
+    for number, plan in enumerate(plans):
+        if number >= workers:
+            packing[number - workers].wait()
+        packing.append(pack.submit(plan, folder, settings))
+    for future in packing:
         future.result()  # a shard that could not be written at all (a full disk) ends the flow here
     done = index(dataset, plans, folder, settings)
     rate = done.videos / max(time.perf_counter() - started, 1e-9)

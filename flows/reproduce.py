@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
@@ -20,7 +21,7 @@ from pydantic import Field
 from flows.experiment import ensure_gpu_limit, run_jobs
 from flows.prepare import prepare, videos
 from pasnet import tracking
-from pasnet.study import EMBEDDED, Shards, Study, finish, jobs
+from pasnet.study import EMBEDDED, Shards, Study, StudyError, finish, jobs
 from pasnet.study import results as collect
 
 Table = Literal["table-1", "table-2", "table-3", "table-4", "table-5", "figure-2"]
@@ -55,7 +56,7 @@ def pasnet(
         eco_weights: ECO-Lite Kinetics checkpoint; empty means a random start.
         pose_weights: OpenPose body checkpoint; empty means a random start.
         overrides: any setting of pasnet/config.py, such as {"optim.epochs": 2}.
-        workers: processes that decode videos.
+        workers: shards that are packed at the same time, each with an ffmpeg of its own.
     """
     study = Study(
         data=tuple(data),
@@ -74,7 +75,7 @@ def pasnet(
     with stage("videos", seconds):
         datasets = [videos(study, source, workers) for source in study.data]
     with stage("shards", seconds):
-        shards = [prepare(study, dataset) for dataset in datasets]
+        shards = [prepare(study, dataset, workers) for dataset in datasets]
     todo = jobs(study, shards)
     ensure_gpu_limit()
     uri = tracking.default_uri(study.root)
@@ -86,11 +87,11 @@ def pasnet(
     create_markdown_artifact(page, key="results", description="Ours beside the paper's")
     if failures:
         first, reason = next(iter(failures.items()))
-        raise RuntimeError(f"{len(failures)} of {len(todo)} trainings failed, such as {first}: {reason}")
+        raise StudyError(f"{len(failures)} of {len(todo)} trainings failed, such as {first}: {reason}")
     return {"results": str(study.root / "results.json"), "seconds": seconds}
 
 
-@task
+@task(cache_policy=NO_CACHE)
 def publish(
     study: Study, shards: list[Shards], results: list[dict[str, Any]], seconds: dict[str, float], uri: str
 ) -> str:

@@ -22,7 +22,7 @@ from shards import ShardSet, open_shards, segment_indices
 allow_torchvision()
 from torchvision.transforms.v2 import functional as tv  # noqa: E402  (needs the line above on a CPU-only torch)
 
-__all__ = ["Batch", "ClipDataset", "Loader", "ShardSet", "open_shards", "centre_crop", "train_crop"]
+__all__ = ["Batch", "ClipDataset", "Loader", "ShardSet", "centre_crop", "open_shards", "train_crop"]
 
 CENTRE_CROP = 224 / 256  # of the frame height, at test time
 

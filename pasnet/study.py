@@ -38,6 +38,7 @@ from pasnet.config import (
 )
 from pasnet.experiments import PRESETS, QUESTIONS, Preset, Row, Training, in_order, select_rows, trainings_of
 
+PATHS = ("data.shards", "init.parent")  # differ by place alone; the config that is kept as an artifact has them
 EMBEDDED = "synthetic"  # names the embedded dataset wherever a dataset folder is asked for
 
 
@@ -322,6 +323,7 @@ def _result(
         "dataset": of.dataset,
         "shard_digest": of.digest,
         "videos": of.videos,
+        "missing": of.missing,
         "num_segments": ",".join(str(job.training.num_segments) for job in members),
         "trainings": [job.folder for job in members],
         "id": "+".join(Path(job.folder).name for job in members),
@@ -355,7 +357,7 @@ def _result(
         if len(members) == 1
         else [],
         "params": {
-            **{name: value for name, value in flatten(to_dict(config)).items() if name != "data.shards"},
+            **{name: value for name, value in flatten(to_dict(config)).items() if name not in PATHS},
             "dataset": of.dataset,
             "strategy": row.strategy,
             "fusion": row.fusion,

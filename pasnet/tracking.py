@@ -159,9 +159,11 @@ def _record(
     name = f"{result['title']}  {result['dataset']}/{result['split']}  K{result['num_segments']}  seed{result['seed']}"
     run: str = mlflow.create_run(experiment, run_name=name, tags=tags).info.run_id
     log_params(mlflow, run, result["params"])
-    log_history(mlflow, run, result["history"])
+    # The final numbers first: MLflow's compare page opens with the metric that a run logged first. At the last epoch's
+    # step, since the UI shows the value of the highest step.
     for metric, value in result["metrics"].items():
-        mlflow.log_metric(run, metric, value)
+        mlflow.log_metric(run, metric, value, step=len(result["history"]))
+    log_history(mlflow, run, result["history"])
     for path in result["artifacts"]:
         mlflow.log_artifact(run, path)
     mlflow.set_terminated(run)

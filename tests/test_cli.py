@@ -49,12 +49,21 @@ def test_list_prints_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["train", "--out", "x", "--shards", "{shards}", "--fusion", "A+B"], "unknown fusion 'A+B'"),
-        (["train", "--out", "x", "--shards", "{shards}", "--set", "data.num_segments=0"], "num_segments (K) must be at least 1"),
-        (["train", "--out", "x", "--shards", "{shards}", "--preset", "smoke", "--set", "data.split=7"], "split 7 does not exist"),
+        (
+            ["train", "--out", "x", "--shards", "{shards}", "--set", "data.num_segments=0"],
+            "num_segments (K) must be at least 1",
+        ),
+        (
+            ["train", "--out", "x", "--shards", "{shards}", "--preset", "smoke", "--set", "data.split=7"],
+            "split 7 does not exist",
+        ),
         (["train", "--out", "x", "--shards", "{empty}"], "not a finished shard folder"),
         (["train", "--out", "x", "--shards", "{shards}", "--set", "nothing"], "--set takes name=value"),
         (["train", "--out", "x"], "give --config FILE or --shards FOLDER"),
-        (["train", "--out", "x", "--shards", "{shards}", "--pose-weights", "no.pth", "--fusion", "I"], "no.pth: no such file"),
+        (
+            ["train", "--out", "x", "--shards", "{shards}", "--pose-weights", "no.pth", "--fusion", "I"],
+            "no.pth: no such file",
+        ),
         (["evaluate", "--checkpoint", "no.pt", "--shards", "{shards}", "--out", "x"], "no.pt: no such checkpoint"),
         (["shards", "build", "--data", "{empty}", "--out", "x"], "has no videos/ folder"),
         (["shards", "build", "--out", "x"], "give --data FOLDER"),
@@ -151,7 +160,17 @@ def test_an_unreachable_tracking_server_does_not_stop_a_training(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    arguments = ["train", "--shards", str(shard_folder), "--preset", "tiny", "--out", str(tmp_path), "--set", "data.workers=0"]
+    arguments = [
+        "train",
+        "--shards",
+        str(shard_folder),
+        "--preset",
+        "tiny",
+        "--out",
+        str(tmp_path),
+        "--set",
+        "data.workers=0",
+    ]
     started = time.monotonic()
     assert main([*arguments, "--tracking-uri", "http://127.0.0.1:9"]) == 0
     assert (tmp_path / "done.json").is_file() and time.monotonic() - started < 60

@@ -56,7 +56,9 @@ class TestPaper:
 
     def test_table_4_and_ensembles(self) -> None:
         printed = {
-            (row.dataset, row.num_segments): row.paper_top1 for row in ROWS if row.table == "table-4" and row.strategy != "eco"
+            (row.dataset, row.num_segments): row.paper_top1
+            for row in ROWS
+            if row.table == "table-4" and row.strategy != "eco"
         }
         assert printed == {
             ("ucf101", (8,)): 91.4,
@@ -121,7 +123,13 @@ class TestConfig:
     def test_text_overrides_are_typed(self) -> None:
         changed = replace(
             CONFIG,
-            {"optim.epochs": "3", "optim.lr": "1e-2", "data.flip": "false", "data.scales": "1,0.5", "model.fusion.kernel": "3"},
+            {
+                "optim.epochs": "3",
+                "optim.lr": "1e-2",
+                "data.flip": "false",
+                "data.scales": "1,0.5",
+                "model.fusion.kernel": "3",
+            },
         )
         assert changed.optim.epochs == 3 and changed.optim.lr == 0.01 and changed.data.flip is False
         assert changed.data.scales == (1.0, 0.5) and changed.model.fusion.kernel == 3

@@ -91,7 +91,9 @@ def test_every_fusion_style_and_a_second_run(home: Path, videos: Path, tmp_path:
 @pytest.mark.slow
 def test_a_failed_training_leaves_the_others_alone(home: Path, videos: Path, tmp_path: Path) -> None:
     arguments = ("--data", str(videos), "--out", "out", "--tables", "table-1", "--fusions", "Conv(A,I)")
-    run_flow(home, tmp_path, *arguments, "--set", "optim.lr=1e30", "--set", "optim.clip_norm=1e30", "--set", "optim.epochs=2")
+    run_flow(
+        home, tmp_path, *arguments, "--set", "optim.lr=1e30", "--set", "optim.clip_norm=1e30", "--set", "optim.epochs=2"
+    )
     study = results_of(tmp_path / "out")
     by_strategy = {record["strategy"]: record for record in study["results"]}
     assert {record["status"] for record in by_strategy.values()} == {"failed"}
@@ -142,7 +144,9 @@ def server(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def prefect(env: dict[str, str], *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([BIN / "prefect", *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [BIN / "prefect", *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def wait_for(ready: Any, what: str, seconds: float) -> None:
@@ -153,7 +157,9 @@ def wait_for(ready: Any, what: str, seconds: float) -> None:
 
 
 @pytest.mark.slow
-def test_the_deployment_runs_through_a_server_and_a_worker(server: dict[str, str], videos: Path, tmp_path: Path) -> None:
+def test_the_deployment_runs_through_a_server_and_a_worker(
+    server: dict[str, str], videos: Path, tmp_path: Path
+) -> None:
     deployed = prefect(server, "--no-prompt", "deploy", "--all", timeout=120)
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
     listed = prefect(server, "deployment", "ls").stdout
@@ -165,6 +171,8 @@ def test_the_deployment_runs_through_a_server_and_a_worker(server: dict[str, str
     parameters = {"preset": "tiny", "data": [str(videos)], "out": str(tmp_path / "out"), "tables": ["table-2"]}
     given = [word for name, value in parameters.items() for word in ("--param", f"{name}={json.dumps(value)}")]
     ran = prefect(server, "deployment", "run", "pasnet/full-reproduction", *given, "--watch", timeout=500)
-    assert ran.returncode == 0 and "Completed" in ran.stdout, ran.stdout[-2000:] + (tmp_path / "worker.log").read_text()[-3000:]
+    assert ran.returncode == 0 and "Completed" in ran.stdout, (
+        ran.stdout[-2000:] + (tmp_path / "worker.log").read_text()[-3000:]
+    )
     records = results_of(tmp_path / "out")["results"]
     assert [record["status"] for record in records] == ["done", "done"]

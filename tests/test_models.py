@@ -34,9 +34,7 @@ def model(style: str, *, classes: int = 5, width: float = SMALL, seed: int = 0, 
     fusion_fields = {f.name for f in dataclasses.fields(FusionConfig)}
     fusion = {k: options.pop(k) for k in list(options) if k in fusion_fields}
     torch.manual_seed(seed)
-    return build(
-        ModelConfig(num_classes=classes, width=width, fusion=FusionConfig(style=style, **fusion), **options)
-    )
+    return build(ModelConfig(num_classes=classes, width=width, fusion=FusionConfig(style=style, **fusion), **options))
 
 
 def clip(batch: int = 2, k: int = 2, size: int = 64, seed: int = 1) -> Tensor:

@@ -86,7 +86,20 @@ class TestDecode:
         video = make_video(tmp_path / "a.avi", 3)
         jpegs, _ = decode_video(video, replace(SETTINGS, quality=95))
         raw = subprocess.run(
-            [ffmpeg_exe(), "-v", "error", "-i", str(video), "-vf", "scale=340:256", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
+            [
+                ffmpeg_exe(),
+                "-v",
+                "error",
+                "-i",
+                str(video),
+                "-vf",
+                "scale=340:256",
+                "-f",
+                "rawvideo",
+                "-pix_fmt",
+                "rgb24",
+                "-",
+            ],
             capture_output=True,
             check=True,
         ).stdout
@@ -108,7 +121,8 @@ class TestDecode:
         assert len(decode_video(video, SETTINGS)[0]) == 10
 
     @pytest.mark.parametrize(
-        ("content", "reason"), [(b"", "empty"), (b"<html>not a video</html>" * 50, "Invalid data"), (None, "no such file")]
+        ("content", "reason"),
+        [(b"", "empty"), (b"<html>not a video</html>" * 50, "Invalid data"), (None, "no such file")],
     )
     def test_what_is_no_video_says_why(self, tmp_path: Path, content: bytes | None, reason: str) -> None:
         video = tmp_path / "bad.avi"
@@ -132,8 +146,8 @@ class TestDecode:
 
     @pytest.mark.shared
     def test_real_clips_have_their_true_number_of_frames(self, shared: Path) -> None:
-        rows = list(csv.DictReader(open(shared / "data" / "frames.csv")))
-        chosen = [row for row in rows if "/jhmdb/" not in "/" + row["path"]][::4] + rows[::60]
+        rows = list(csv.DictReader((shared / "data" / "frames.csv").read_text().splitlines()))
+        chosen = [row for row in rows if not row["path"].startswith("jhmdb/")][::4] + rows[::60]
         for row in chosen:
             jpegs, source = decode_video(shared / "data" / row["path"], SETTINGS)
             assert (len(jpegs), source.codec) == (int(row["frames"]), row["codec"]), row["path"]
@@ -188,7 +202,10 @@ class TestDatasets:
     def test_hmdb_lists_with_their_oddities(self, tmp_path: Path) -> None:
         # trailing blanks; code 0 is unused; kick is a prefix of kick_ball; J-HMDB writes @ for #; a stem with dots
         (tmp_path / "splits").mkdir()
-        text = {"kick": "a#1_kick_f_cm_np1_ba_bad_0.avi 1 \nb.2_kick_f_cm_np1_ba_bad_0.avi 0 \n", "kick_ball": "c.avi 2 \n"}
+        text = {
+            "kick": "a#1_kick_f_cm_np1_ba_bad_0.avi 1 \nb.2_kick_f_cm_np1_ba_bad_0.avi 0 \n",
+            "kick_ball": "c.avi 2 \n",
+        }
         for class_name, lines in text.items():
             (tmp_path / "splits" / f"{class_name}_test_split1.txt").write_text(lines)
         for name in ("kick/a@1_kick_f_cm_np1_ba_bad_0.avi", "kick/b.2_kick_f_cm_np1_ba_bad_0.avi", "kick_ball/c.avi"):
@@ -332,6 +349,9 @@ class TestFormat:
         manifest = json.loads((shard_folder / "manifest.json").read_text())
         store = open_shards(shard_folder)
         assert manifest["frames"] == int(store.num_frames.sum())
-        assert manifest["subsets"]["split1"] == {"train": len(store.select(1, "train")), "test": len(store.select(1, "test"))}
+        assert manifest["subsets"]["split1"] == {
+            "train": len(store.select(1, "train")),
+            "test": len(store.select(1, "test")),
+        }
         assert set(store.select(1, "train")) & set(store.select(1, "test")) == set()
         assert manifest["decode"]["height"] == 256 and manifest["decode"]["width"] == 340

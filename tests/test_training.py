@@ -11,8 +11,17 @@ import pytest
 import torch
 
 from pasnet import train as training
-from pasnet.config import ConfigError, DataConfig, FusionConfig, InitConfig, ModelConfig, OptimConfig, TrainConfig, replace
-from pasnet.data import ClipDataset, Loader, open_shards, centre_crop, train_crop
+from pasnet.config import (
+    ConfigError,
+    DataConfig,
+    FusionConfig,
+    InitConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    replace,
+)
+from pasnet.data import ClipDataset, Loader, centre_crop, open_shards, train_crop
 from pasnet.evaluate import EvaluationError, Predictions, ensemble, metrics, predict
 from pasnet.models.pasnet import build
 from pasnet.train import TrainingError, evaluate_checkpoint, lr_scale_at, set_train_mode, train
@@ -36,7 +45,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -120,9 +129,9 @@ class TestLoop:
 
         def stop(record: dict[str, Any]) -> None:
             if record["epoch"] == 2:
-                raise Stop
+                raise StopError
 
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             train(config, tmp_path / "parts", stop)
         assert not (tmp_path / "parts" / "done.json").exists()
         result = train(config, tmp_path / "parts")
@@ -141,7 +150,13 @@ class TestLoop:
 
     def test_accumulation_equals_one_big_batch(self, config: TrainConfig, tmp_path: Path) -> None:
         # 9 clips in steps of 6: the second step is a part-filled one. Batch norm frozen, since it sees micro batches.
-        base = {"optim.epochs": 1, "optim.batch": 6, "optim.bn_mode": "frozen", "model.dropout": 0, "optim.clip_norm": 0.5}
+        base = {
+            "optim.epochs": 1,
+            "optim.batch": 6,
+            "optim.bn_mode": "frozen",
+            "model.dropout": 0,
+            "optim.clip_norm": 0.5,
+        }
         train(replace(config, {**base, "optim.micro_batch": 6}), tmp_path / "big")
         train(replace(config, {**base, "optim.micro_batch": 1}), tmp_path / "small")
         big, small = weights_of(tmp_path / "big"), weights_of(tmp_path / "small")
@@ -152,12 +167,21 @@ class TestLoop:
         assert moved > 1e-4 and apart < 1e-3 * moved
 
     def test_the_applied_gradient_is_clipped(self, config: TrainConfig, tmp_path: Path) -> None:
-        base = {"optim.epochs": 1, "optim.batch": 9, "optim.micro_batch": 3, "optim.weight_decay": 0, "optim.momentum": 0}
+        base = {
+            "optim.epochs": 1,
+            "optim.batch": 9,
+            "optim.micro_batch": 3,
+            "optim.weight_decay": 0,
+            "optim.momentum": 0,
+        }
         train(replace(config, {**base, "optim.nesterov": False, "optim.clip_norm": 1e-3}), tmp_path)
         torch.manual_seed(config.seed)
         start, after = dict(build(config.model).named_parameters()), weights_of(tmp_path)
         # one step; biases move at twice the rate
-        step = [(after[k] - p.detach()) / (0.02 if k.endswith("bias") and "_bn" not in k else 0.01) for k, p in start.items()]
+        step = [
+            (after[k] - p.detach()) / (0.02 if k.endswith("bias") and "_bn" not in k else 0.01)
+            for k, p in start.items()
+        ]
         assert torch.stack([part.norm() for part in step]).norm().item() == pytest.approx(1e-3, rel=0.02)
 
     def test_a_loss_that_is_not_finite_stops_and_names_the_clips(self, config: TrainConfig, tmp_path: Path) -> None:
@@ -246,12 +270,21 @@ class TestEvaluation:
         model = build(config.model)
         torch.nn.init.constant_(model.head.weight, float("nan"))
         with pytest.raises(EvaluationError, match="NaN"):
-            predict(model, Loader(shards, config.data, subset="test", batch=2, seed=0), shards.keys, torch.device("cpu"), "fp32")
+            predict(
+                model,
+                Loader(shards, config.data, subset="test", batch=2, seed=0),
+                shards.keys,
+                torch.device("cpu"),
+                "fp32",
+            )
 
     def test_metrics_by_hand(self) -> None:
         probabilities = np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]], np.float32)
         made = Predictions(
-            keys=("a", "b", "c", "d"), labels=np.array([0, 0, 1, 0]), probabilities=probabilities, frames=np.zeros((4, 1))
+            keys=("a", "b", "c", "d"),
+            labels=np.array([0, 0, 1, 0]),
+            probabilities=probabilities,
+            frames=np.zeros((4, 1)),
         )
         numbers = metrics(made)
         assert numbers["top1"] == 75 and numbers["top5"] == 100 and numbers["videos"] == 4
@@ -260,22 +293,37 @@ class TestEvaluation:
 
     def test_top5_counts_five(self) -> None:
         probabilities = np.tile(np.arange(7, 0, -1) / 28, (2, 1)).astype(np.float32)
-        made = Predictions(keys=("a", "b"), labels=np.array([4, 5]), probabilities=probabilities, frames=np.zeros((2, 1)))
+        made = Predictions(
+            keys=("a", "b"), labels=np.array([4, 5]), probabilities=probabilities, frames=np.zeros((2, 1))
+        )
         assert metrics(made)["top5"] == 50
 
     def test_ensemble_aligns_by_key(self) -> None:
         a = Predictions(
-            keys=("x", "y"), labels=np.array([0, 1]), probabilities=np.array([[0.9, 0.1], [0.6, 0.4]]), frames=np.zeros((2, 1))
+            keys=("x", "y"),
+            labels=np.array([0, 1]),
+            probabilities=np.array([[0.9, 0.1], [0.6, 0.4]]),
+            frames=np.zeros((2, 1)),
         )
         b = Predictions(
-            keys=("y", "x"), labels=np.array([1, 0]), probabilities=np.array([[0.1, 0.9], [0.7, 0.3]]), frames=np.zeros((2, 1))
+            keys=("y", "x"),
+            labels=np.array([1, 0]),
+            probabilities=np.array([[0.1, 0.9], [0.7, 0.3]]),
+            frames=np.zeros((2, 1)),
         )
         fused = ensemble([a, b])
         assert fused.probabilities == pytest.approx(np.array([[0.8, 0.2], [0.35, 0.65]]))
         logits = ensemble([a, b], "logits").probabilities
         assert logits[0, 0] == pytest.approx(np.sqrt(0.63) / (np.sqrt(0.63) + np.sqrt(0.03)), rel=1e-5)
         with pytest.raises(EvaluationError, match="different videos"):
-            ensemble([a, Predictions(keys=("x",), labels=a.labels[:1], probabilities=a.probabilities[:1], frames=a.frames[:1])])
+            ensemble(
+                [
+                    a,
+                    Predictions(
+                        keys=("x",), labels=a.labels[:1], probabilities=a.probabilities[:1], frames=a.frames[:1]
+                    ),
+                ]
+            )
 
 
 def test_init_from_public_weights(config: TrainConfig, tmp_path: Path) -> None:
@@ -285,7 +333,9 @@ def test_init_from_public_weights(config: TrainConfig, tmp_path: Path) -> None:
     pose = {k.removeprefix("pose."): v for k, v in donor.items() if k.startswith("pose.")}
     torch.save({"state_dict": eco}, tmp_path / "eco.pth.tar")
     torch.save(pose, tmp_path / "pose.pth")
-    config = replace(config, {"model.fusion.style": "Conv(A,I)", "optim.lr": 1e-12, "optim.epochs": 1, "optim.bn_mode": "frozen"})
+    config = replace(
+        config, {"model.fusion.style": "Conv(A,I)", "optim.lr": 1e-12, "optim.epochs": 1, "optim.bn_mode": "frozen"}
+    )
     init = InitConfig(eco=str(tmp_path / "eco.pth.tar"), pose=str(tmp_path / "pose.pth"))
     train(TrainConfig(**{**config.__dict__, "init": init}), tmp_path / "run")
     got = weights_of(tmp_path / "run")

@@ -50,12 +50,18 @@ def save(path: Path, content: object) -> Path:
 @pytest.mark.parametrize("container", [True, False])
 @pytest.mark.parametrize(
     ("prefix", "head"),
-    [("module.base_model.", "module.new_fc."), ("module.base_model.", "module.base_model.fc_final."), ("", "fc_final.")],
+    [
+        ("module.base_model.", "module.new_fc."),
+        ("module.base_model.", "module.base_model.fc_final."),
+        ("", "fc_final."),
+    ],
 )
 def test_eco_under_every_name(tmp_path: Path, container: bool, prefix: str, head: str) -> None:
     tensors = public_eco(prefix, head)
     assert len(tensors) == 216
-    content = {"epoch": 1, "arch": "ECO", "state_dict": tensors, "best_prec1": 0.1, "lr": 0.01} if container else tensors
+    content = (
+        {"epoch": 1, "arch": "ECO", "state_dict": tensors, "best_prec1": 0.1, "lr": 0.01} if container else tensors
+    )
     read = weights.eco_to_pasnet(read_checkpoint(save(tmp_path / "eco.pth.tar", content), "eco"))
     state = model().state_dict()
     report = merge({k: v for k, v in state.items() if not k.startswith(("pose.", "fusion."))}, read, source="eco")
@@ -120,7 +126,9 @@ def test_what_is_no_checkpoint_says_so(tmp_path: Path) -> None:
     pickle.loads(code.read_bytes())
     assert mark.exists(), "the pickle must be one that runs code"
     mark.unlink()
-    dead = save(tmp_path / "dead.pth", {"module.base_model.res3a_1.weight": torch.zeros(1), "res3a_2.weight": torch.zeros(1)})
+    dead = save(
+        tmp_path / "dead.pth", {"module.base_model.res3a_1.weight": torch.zeros(1), "res3a_2.weight": torch.zeros(1)}
+    )
     cases = [
         (page, "eco", "saved web page"),
         (cut, "pose", "not readable as plain tensors"),

@@ -1,0 +1,1 @@
+"""One architecture per file; they import torch and the settings, nothing else."""

@@ -121,7 +121,7 @@ def build(config: ModelConfig) -> PASNet:
     """
     net = PASNet(config)
     if net.pose is not None:
-        net.pose.to(memory_format=torch.channels_last)
+        net.pose.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return net
 
 

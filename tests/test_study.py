@@ -1,0 +1,142 @@
+"""What the study would run for given datasets, and what its page says; no training here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pasnet.config import ConfigError
+from pasnet.report import results_page, summary_table
+from pasnet.study import Shards, Study, dataset_for, jobs, results
+
+COUNTS = {f"split{split}": {"train": 200, "test": 80} for split in (1, 2, 3)}
+
+
+def shards(dataset: str, classes: int = 5) -> Shards:
+    return Shards(
+        dataset=dataset,
+        folder=f"/somewhere/{dataset}",
+        digest=f"digest of {dataset}",
+        num_classes=classes,
+        videos=280,
+        frames=28_000,
+        failed=0,
+        missing=0,
+        subsets=COUNTS,
+    )
+
+
+BOTH = (shards("ucf101", 101), shards("hmdb51", 51))
+
+
+def test_the_full_study_is_39_trainings_per_split_and_seed() -> None:
+    assert len(jobs(Study(), BOTH)) == 39
+    assert len(jobs(Study(splits=(1, 2, 3), seeds=(0, 1)), BOTH)) == 39 * 6
+
+
+def test_jobs_start_from_what_the_strategy_says() -> None:
+    made = {job.folder: job for job in jobs(Study(tables=("table-1",)), BOTH)}
+    order = list(made)
+    for folder, job in made.items():
+        twice = job.training.strategy == "twice-finetune"
+        assert bool(job.parent) == bool(job.config.init.parent) == twice
+        if twice:
+            parent = made[job.parent]
+            assert order.index(job.parent) < order.index(folder)
+            assert parent.training.strategy == "eco" and parent.config.data.num_segments == job.config.data.num_segments
+            assert job.config.init.parent == str(Path(job.parent) / "last.pt")
+    assert {job.training.strategy for job in made.values()} == {"eco", "conventional", "twice-finetune"}
+
+
+def test_rows_run_on_their_own_dataset_or_on_a_stand_in() -> None:
+    rows = {row.dataset: row for row in Study(tables=("table-4",)).rows}
+    jhmdb = shards("jhmdb")
+    assert dataset_for(rows["ucf101"], BOTH) is BOTH[0] and dataset_for(rows["hmdb51"], BOTH) is BOTH[1]
+    assert dataset_for(rows["ucf101"], (jhmdb,)) is jhmdb
+    assert dataset_for(rows["hmdb51"], (jhmdb,)) is None
+    assert dataset_for(rows["ucf101"], (BOTH[1],)) is None
+
+
+def test_a_folders_name_follows_what_decides_its_content() -> None:
+    def folders(study: Study, of: Shards = BOTH[0]) -> set[str]:
+        return {Path(job.folder).name for job in jobs(study, (of,))}
+
+    study = Study(tables=("table-2",), fusions=("A", "Conv(A,I)"))
+    assert folders(study) == folders(replace(study, out="elsewhere"))
+    assert folders(study) == folders(study, replace(BOTH[0], folder="/moved"))
+    for other in (
+        folders(study, replace(BOTH[0], digest="other frames")),
+        folders(replace(study, overrides={"optim.lr": 0.5})),
+        folders(replace(study, seeds=(1,))),
+        folders(replace(study, splits=(2,))),
+        folders(replace(study, num_segments=4)),
+    ):
+        assert not folders(study) & other
+
+
+def test_a_change_of_the_eco_finetune_reaches_its_children() -> None:
+    # the child's own settings are the same; only its parent's start differs
+    def child(eco: str) -> str:
+        study = Study(tables=("table-2",), fusions=("Conv(A,I)",), eco_weights=eco)
+        return Path(jobs(study, BOTH)[-1].folder).name
+
+    assert child("") != child(__file__)
+
+
+def test_small_presets_use_a_share_of_a_large_set() -> None:
+    [job, *_] = jobs(Study(preset="smoke"), (shards("jhmdb"),))
+    assert job.config.data.train_fraction == pytest.approx(130 / 200)
+    [job, *_] = jobs(Study(preset="smoke", overrides={"data.train_fraction": 1.0}), (shards("jhmdb"),))
+    assert job.config.data.train_fraction == 1
+
+
+def test_a_split_that_a_dataset_lacks_is_an_error() -> None:
+    of = replace(BOTH[0], subsets={**COUNTS, "split2": {"train": 200, "test": 0}})
+    with pytest.raises(ConfigError, match="ucf101: split 2 has no train or no test videos"):
+        jobs(Study(splits=(2,)), (of,))
+
+
+def finished(folder: str, top1: float) -> None:
+    numbers = {
+        "top1": top1,
+        "top5": 99.0,
+        "mean_class": top1,
+        "top1_low": top1 - 5,
+        "top1_high": top1 + 5,
+        "videos": 80,
+    }
+    (Path(folder) / "evaluation").mkdir(parents=True)
+    (Path(folder) / "evaluation" / "metrics.json").write_text(json.dumps(numbers))
+    done = {"best_on_test": {"epoch": 1, "top1": top1 + 1}, "seconds": 7200, "device": "CPU"}
+    (Path(folder) / "done.json").write_text(json.dumps(done))
+    (Path(folder) / "history.json").write_text("[]")
+
+
+def test_the_page_says_what_was_run_what_failed_and_what_was_not(tmp_path: Path) -> None:
+    study = Study(out=str(tmp_path), tables=("table-4",))
+    made = jobs(study, (BOTH[0],))
+    failures = {made[0].folder: "loss is nan"}
+    for job in made[1:]:
+        finished(job.folder, 91.0)
+    records = results(study, (BOTH[0],), made, failures)
+    by_status: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        by_status.setdefault(record["status"], []).append(record)
+    assert {status: len(of) for status, of in by_status.items()} == {"done": 5, "failed": 1, "not run": 6}
+    best = next(record for record in by_status["done"] if record["paper_top1"] == 94.1)
+    assert best["gap"] == pytest.approx(-3.1) and best["start"] == "random start" and best["width"] == 1.0
+
+    content = {"title": "t", "commit": "abc", "shards": [BOTH[0].__dict__], "results": records}
+    page = results_page([content])
+    assert (
+        "| PAS-Net, 32 frames | twice-finetune | ucf101, 1, 0 | 32 | 94.10 | 91.00 | 86.0 to 96.0 | -3.10 | 92.00 | 2.000 |"
+        in page
+    )
+    assert "failed: loss is nan" in page and "not run: no hmdb51 in this study" in page
+    assert "width 1" in page and "random start" in page and "`abc`" in page
+    assert "Not the paper's setting" in page  # a random start is not the paper's, whatever the width
+    assert "94.10" in summary_table(records) and "failed: loss is nan" in summary_table(records)
