@@ -96,7 +96,8 @@ def _study_section(study: dict[str, Any]) -> list[str]:
 
 def _as_in_the_paper(record: Record) -> bool:
     own_data = record["dataset"] == record["paper_dataset"] and record["train_fraction"] == 1 and not record["missing"]
-    return own_data and record["width"] == 1 and record["input_size"] == 224 and record["start"] != "random start"
+    own_size = record["width"] == 1 and record["input_size"] == 224
+    return own_data and own_size and record["start"] == "ECO and pose from public weights"
 
 
 def _cells(record: Record) -> dict[str, str]:
