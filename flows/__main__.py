@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pasnet.cli import call, overrides
-from pasnet.study import EMBEDDED, Study
+from pasnet.study import EMBEDDED, Study, check_datasets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--eco-weights", default="")
     parser.add_argument("--pose-weights", default="")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="such as optim.epochs=2")
-    parser.set_defaults(run=_run)
     return call(_run, parser.parse_args(argv))
 
 
@@ -52,10 +51,11 @@ def _run(arguments: argparse.Namespace) -> None:
         pose_weights=arguments.pose_weights,
         overrides=overrides(arguments.set),
     )
-    for source in data:
-        if source != EMBEDDED:
-            scan(*find_dataset(Path(source)))
+    found = [scan(*find_dataset(Path(source))) for source in data if source != EMBEDDED]
+    embedded = [(EMBEDDED, (1, 2, 3))] if EMBEDDED in data else []
+    check_datasets(study, [*((dataset.name, dataset.usable_splits) for dataset in found), *embedded])
 
+    os.environ.pop("PREFECT_API_URL", None)  # a server of the user's may not run; this door needs none
     home = os.environ.setdefault("PREFECT_HOME", str(Path("runs").absolute() / ".prefect"))
     Path(home).mkdir(parents=True, exist_ok=True)  # Prefect's server waits for ever for a folder that is not there
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -65,7 +65,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from flows.reproduce import pasnet
     from pasnet.report import summary_table
 
-    started = time.perf_counter()
+    started, began = time.perf_counter(), time.time()
     seconds = {}
     try:
         finished = pasnet(
@@ -83,8 +83,9 @@ def _run(arguments: argparse.Namespace) -> None:
         )
         seconds = finished["seconds"]
     finally:  # a study with a failed row has a table too
-        if (study.root / "results.json").is_file():
-            print("\n" + summary_table(json.loads((study.root / "results.json").read_text("utf-8"))["results"]))
+        written = study.root / "results.json"
+        if written.is_file() and written.stat().st_mtime >= began:
+            print("\n" + summary_table(json.loads(written.read_text("utf-8"))["results"]))
     seconds["all, Prefect's start included"] = time.perf_counter() - started
     print("\nseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     print(f"\nwhere to look next:\n  {study.root / 'RESULTS.md'}: this table in full, with what it is worth")

@@ -18,11 +18,12 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from flows.experiment import ensure_gpu_limit, run_jobs
+from flows.experiment import run_jobs
 from flows.prepare import prepare, videos
 from pasnet import tracking
-from pasnet.study import EMBEDDED, Shards, Study, StudyError, finish, jobs
-from pasnet.study import results as collect
+from pasnet.execute import StudyError
+from pasnet.results import collect, finish
+from pasnet.study import EMBEDDED, Shards, Study, check_datasets, jobs
 
 Table = Literal["table-1", "table-2", "table-3", "table-4", "table-5", "figure-2"]
 
@@ -74,10 +75,10 @@ def pasnet(
     seconds: dict[str, float] = {}
     with stage("videos", seconds):
         datasets = [videos(study, source, workers) for source in study.data]
+        used = check_datasets(study, [(dataset.name, dataset.usable_splits) for dataset in datasets])
     with stage("shards", seconds):
-        shards = [prepare(study, dataset, workers) for dataset in datasets]
+        shards = [prepare(study, dataset, workers) for dataset in datasets if dataset.name in used]
     todo = jobs(study, shards)
-    ensure_gpu_limit()
     uri = tracking.default_uri(study.root)
     with stage("training and evaluation", seconds):
         failures = run_jobs(todo, uri)

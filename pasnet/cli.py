@@ -34,8 +34,11 @@ def call(run: Any, arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
+    except BrokenPipeError:  # `pasnet list | head`; anything longer has not been finished
+        return 0 if run in (_list, _report) else 1
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("pasnet", "shards", "flows"):
             raise
@@ -176,7 +179,13 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.config:
         if not arguments.config.is_file():
             raise ConfigError(f"{arguments.config}: no such file")
-        config = from_dict(TrainConfig, json.loads(arguments.config.read_text("utf-8")))
+        try:
+            values = json.loads(arguments.config.read_text("utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{arguments.config}: not JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{arguments.config}: not a config; expected an object with model, data, optim ...")
+        config = from_dict(TrainConfig, values)
     elif arguments.shards:
         if arguments.preset not in PRESETS:
             raise ConfigError(f"unknown preset {arguments.preset!r} (one of: {', '.join(PRESETS)})")

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -118,6 +119,10 @@ class DataConfig:
             raise ConfigError(f"num_segments (K) must be at least 1, got {self.num_segments}")
         if self.input_size < 40 or self.input_size % 8:
             raise ConfigError(f"input_size must be a multiple of 8 and at least 40, got {self.input_size}")
+        if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
+            raise ConfigError(f"scales must be in (0, 1], got {self.scales}")
+        if self.workers < 0:
+            raise ConfigError(f"data.workers must be at least 0, got {self.workers}")
         if not 0 < self.train_fraction <= 1:
             raise ConfigError(f"train_fraction must be in (0, 1], got {self.train_fraction}")
 
@@ -150,8 +155,15 @@ class OptimConfig:
             raise ConfigError(f"batch and micro_batch must be at least 1, got {self.batch} and {self.micro_batch}")
         if self.batch % min(self.batch, self.micro_batch):
             raise ConfigError(f"batch must be a multiple of micro_batch, got {self.batch} and {self.micro_batch}")
-        if self.lr <= 0:
-            raise ConfigError(f"lr must be above 0, got {self.lr}")
+        for name in ("lr", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.momentum < 1 or (self.nesterov and self.momentum == 0):
+            raise ConfigError(f"momentum must be in [0, 1), and above 0 with nesterov, got {self.momentum}")
+        if not 0 <= self.weight_decay < math.inf or not 0 <= self.pose_lr_mult < math.inf:
+            raise ConfigError("weight_decay and pose_lr_mult must be at least 0")
+        if self.patience < 1:
+            raise ConfigError(f"patience must be at least 1, got {self.patience}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +184,17 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     init: InitConfig = field(default_factory=InitConfig)
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 is autocast; weights and optimiser stay fp32
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 is autocast; weights and optimiser stay fp32
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"seed must be at least 0, got {self.seed}")
+        if self.init.parent and self.init.eco:
+            raise ConfigError(
+                "init.parent and init.eco both give the appearance and temporal weights; give one of them"
+            )
+        if self.init.pose and not self.model.needs_pose:
+            raise ConfigError(f"fusion {self.model.fusion.style} has no pose network for init.pose={self.init.pose}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -239,7 +257,11 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
                 return choice
         raise ConfigError(f"{where} must be one of {', '.join(map(str, arguments))}, got {value!r}")
     if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else list(value)
+        items = (
+            value.split(",") if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else [value]
+        )
+        if arguments[-1] is not Ellipsis and len(items) != len(arguments):
+            raise ConfigError(f"{where} must be {len(arguments)} values, got {value!r}")
         return tuple(_typed(arguments[0], item, where) for item in items)
     if origin is types.UnionType:
         return None if value in (None, "none") else _typed(arguments[0], value, where)

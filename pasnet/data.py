@@ -123,6 +123,8 @@ class Loader:
             num_workers=config.workers,
             persistent_workers=config.workers > 0,
             pin_memory=torch.cuda.is_available(),
+            # else each new iterator draws from the global generator, and dropout would depend on the worker count
+            generator=torch.Generator(),
         )
 
     def __len__(self) -> int:
@@ -135,7 +137,7 @@ class Loader:
 
 
 def _share_per_class(rows: np.ndarray, labels: np.ndarray, fraction: float) -> np.ndarray:
-    """The first part of every class (at least one video); rows are in key order, so whole groups go together."""
+    """The first part of every class in key order, at least one video: mostly whole groups, one may be cut."""
     kept = [
         of[: max(1, round(len(of) * fraction))] for of in (rows[labels[rows] == c] for c in np.unique(labels[rows]))
     ]

@@ -1,7 +1,7 @@
-"""The whole study without an orchestrator: what is run, in which folder, and what a finished row amounts to.
+"""The whole study without an orchestrator: what is run, and in which folder.
 
-`flows/` wraps these functions in Prefect tasks. Every step is idempotent: its result lies in a folder named by a digest
-of all that decides it, and a step whose result is there returns at once.
+`flows/` wraps these functions, and those of execute.py and results.py, in Prefect tasks. Every step is idempotent: its
+result lies in a folder named by a digest of all that decides it, and a step whose result is there returns at once.
 
     out/data/<name>/                embedded synthetic videos
     out/shards/<dataset>/           shards (shards/README.md)
@@ -13,14 +13,11 @@ of all that decides it, and a step whose result is there returns at once.
 
 from __future__ import annotations
 
-import collections
+import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +28,12 @@ from pasnet.config import (
     InitConfig,
     ModelConfig,
     TrainConfig,
-    flatten,
     from_dict,
     replace,
-    to_dict,
 )
-from pasnet.experiments import PRESETS, QUESTIONS, Preset, Row, Training, in_order, select_rows, trainings_of
+from pasnet.experiments import PRESETS, Preset, Row, Training, in_order, micro_batch_for, select_rows, trainings_of
 
-PATHS = ("data.shards", "init.parent")  # differ by place alone; the config that is kept as an artifact has them
 EMBEDDED = "synthetic"  # names the embedded dataset wherever a dataset folder is asked for
-
-
-class StudyError(RuntimeError):
-    """A step of the study that failed; the message names its log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +66,11 @@ class Study:
         for path in (self.eco_weights, self.pose_weights):
             if path and not Path(path).is_file():
                 raise ConfigError(f"{path}: no such weights file")
-        _ = self.rows
+        if self.k is not None and {row.table for row in self.rows} - {"table-1", "table-2"}:
+            raise ConfigError(
+                "num_segments replaces the paper's K, which tables 3, 4, 5 and figure 2 are about; "
+                "give it with tables table-1 and table-2"
+            )
         for name in self.overrides:
             if name.startswith(
                 ("model.num_classes", "model.fusion.style", "data.shards", "data.split", "init.", "seed")
@@ -90,6 +84,11 @@ class Study:
     def size(self) -> Preset:
         """The preset's values."""
         return PRESETS[self.preset]
+
+    @property
+    def k(self) -> int | None:
+        """K for every row instead of the paper's, or None."""
+        return self.num_segments or self.size.num_segments
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -113,6 +112,7 @@ class Shards:
     videos: int
     frames: int
     failed: int
+    decoded_with_errors: int
     missing: int
     subsets: Mapping[str, Mapping[str, int]]  # {"split1": {"train": 9537, "test": 3783}}
 
@@ -133,6 +133,7 @@ class Shards:
             videos=manifest["videos"],
             frames=manifest["frames"],
             failed=manifest["failed"],
+            decoded_with_errors=manifest["decoded_with_errors"],
             missing=manifest["listed_but_missing"],
             subsets=manifest["subsets"],
         )
@@ -162,26 +163,52 @@ def make_synthetic(study: Study, ffmpeg: str, workers: int) -> Path:
     return generate(study.root / "data" / EMBEDDED, config, ffmpeg=ffmpeg, workers=workers)
 
 
-def dataset_for(row: Row, shards: Sequence[Shards]) -> Shards | None:
-    """The shards on which a row is run: its own dataset's, else, for rows of UCF-101, a set that stands in for it
-    (any that is neither UCF-101 nor HMDB-51). None: the row is not run."""
-    by_name = {of.dataset: of for of in shards}
-    if row.dataset in by_name:
-        return by_name[row.dataset]
-    stand_ins = [of for of in shards if of.dataset not in ("ucf101", "hmdb51")]
+def dataset_for(row: Row, names: Sequence[str]) -> str | None:
+    """The dataset on which a row is run: its own, else, for rows of UCF-101, one that stands in for it (any that is
+    neither UCF-101 nor HMDB-51). None: the row is not run."""
+    if row.dataset in names:
+        return row.dataset
+    stand_ins = [name for name in names if name not in ("ucf101", "hmdb51")]
     return stand_ins[0] if stand_ins and row.dataset == "ucf101" else None
 
 
+def check_datasets(study: Study, datasets: Sequence[tuple[str, Sequence[int]]]) -> set[str]:
+    """The names of the datasets that the study's rows run on; the others need not be packed.
+
+    `datasets` holds (name, split numbers with training and test videos) for each source. Raises ConfigError, before
+    anything is decoded, when the study cannot be run on them.
+    """
+    names = [name for name, _ in datasets]
+    used = {name for row in study.rows if (name := dataset_for(row, names)) is not None}
+    if not used:
+        tables = ", ".join(sorted({row.table for row in study.rows}))
+        raise ConfigError(f"no row of {tables} runs on {', '.join(names)}; see `pasnet list`")
+    for name, usable in datasets:
+        if names.count(name) > 1:
+            raise ConfigError(f"two of the data folders are {name}; run one study for each")
+        if name not in used and name not in ("ucf101", "hmdb51"):  # those may belong to tables not asked for
+            raise ConfigError(f"{name} would stand in for ucf101, but {', '.join(used)} does; run a study for each")
+        for split in study.splits if name in used else ():
+            if split not in usable:
+                raise ConfigError(f"{name}: split {split} has no train or no test videos; it has {list(usable)}")
+    return used
+
+
+def trainings_for(study: Study, row: Row, shards: Sequence[Shards]) -> tuple[Training, ...]:
+    """The networks that a row needs here; none when the study has no dataset for it."""
+    dataset = dataset_for(row, [of.dataset for of in shards])
+    if dataset is None:
+        return ()
+    wanted = trainings_of(row, dataset)
+    return wanted if study.k is None else tuple(dataclasses.replace(each, num_segments=study.k) for each in wanted)
+
+
 def jobs(study: Study, shards: Sequence[Shards]) -> tuple[Job, ...]:
-    """Every training that the study needs, parents first. Raises ConfigError when a dataset lacks a split."""
-    for of in shards:
-        for split in study.splits:
-            if split not in of.splits:
-                raise ConfigError(
-                    f"{of.dataset}: split {split} has no train or no test videos; it has {list(of.splits)}"
-                )
+    """Every training that the study needs, parents first. Raises ConfigError as `check_datasets` does: videos that
+    could not be decoded may have emptied a subset."""
+    check_datasets(study, [(of.dataset, of.splits) for of in shards])
     by_name = {of.dataset: of for of in shards}
-    wanted = in_order(training for row in study.rows for training in _trainings(study, row, shards))
+    wanted = in_order(training for row in study.rows for training in trainings_for(study, row, shards))
     made: dict[tuple[Training, int, int], Job] = {}
     for split in study.splits:
         for seed in study.seeds:
@@ -191,247 +218,35 @@ def jobs(study: Study, shards: Sequence[Shards]) -> tuple[Job, ...]:
     return tuple(made.values())
 
 
-def _trainings(study: Study, row: Row, shards: Sequence[Shards]) -> tuple[Training, ...]:
-    of = dataset_for(row, shards)
-    if of is None:
-        return ()
-    k = study.num_segments or study.size.num_segments
-    found = trainings_of(row, of.dataset)
-    if k is None:
-        return found
-    first = found[0]
-    return (Training(dataset=first.dataset, fusion=first.fusion, num_segments=k, strategy=first.strategy),)
-
-
 def _job(study: Study, of: Shards, training: Training, split: int, seed: int, parent: Job | None) -> Job:
     from pasnet.train import run_digest
 
     size = study.size
-    start = str(Path(parent.folder) / "last.pt") if parent else ""
-    pose = study.pose_weights if training.strategy != "eco" else ""
+    model = ModelConfig(num_classes=of.num_classes, fusion=FusionConfig(style=training.fusion), width=size.width)
+    optim = size.eco_optim if training.strategy == "eco" else size.optim
+    if model.needs_pose:
+        optim = dataclasses.replace(optim, micro_batch=min(optim.micro_batch, micro_batch_for(training.num_segments)))
     config = TrainConfig(
-        model=ModelConfig(num_classes=of.num_classes, fusion=FusionConfig(style=training.fusion), width=size.width),
+        model=model,
         data=DataConfig(shards=of.folder, split=split, num_segments=training.num_segments, input_size=size.input_size),
-        optim=size.eco_optim if training.strategy == "eco" else size.optim,
-        init=InitConfig(eco="" if parent else study.eco_weights, pose=pose, parent=start),
+        optim=optim,
+        init=InitConfig(
+            eco="" if parent else study.eco_weights,
+            pose=study.pose_weights if model.needs_pose else "",
+            parent=str(Path(parent.folder) / "last.pt") if parent else "",
+        ),
         seed=seed,
     )
     train_videos = of.subsets[f"split{split}"]["train"]
     if size.max_train_videos is not None and train_videos > size.max_train_videos:
         config = replace(config, {"data.train_fraction": size.max_train_videos / train_videos})
     config = replace(config, dict(study.overrides))
-    digest = run_digest(config, of.digest, Path(parent.folder).name if parent else "")
+    identity = run_digest(config, of.digest, Path(parent.folder).name if parent else "")
     slug = re.sub(r"[^a-z0-9]+", "-", f"{training.strategy} {training.fusion}".lower()).strip("-")
-    name = f"{of.dataset}-s{split}-k{training.num_segments}-{slug}-seed{seed}-{digest}"
+    name = f"{of.dataset}-s{split}-k{training.num_segments}-{slug}-seed{seed}-{identity}"
     return Job(
         training=training,
         config=config,
         folder=str(study.root / "trainings" / name),
         parent=parent.folder if parent else "",
     )
-
-
-def run_training(job: Job, tracking_uri: str = "") -> bool:
-    """Trains in a process of its own (its own CUDA context; the same command as a person's). False: it was done."""
-    folder = Path(job.folder)
-    if (folder / "done.json").is_file() and (folder / "last.pt").is_file():
-        return False
-    folder.mkdir(parents=True, exist_ok=True)
-    request = folder / "request.json"
-    request.write_text(json.dumps(to_dict(job.config), indent=1), "utf-8")
-    command = ["train", "--config", str(request), "--out", str(folder), "--title", job.title]
-    _run(command + (["--tracking-uri", tracking_uri] if tracking_uri else []), folder / "train.log", job.title)
-    return True
-
-
-def run_evaluation(job: Job) -> bool:
-    """Evaluates the last epoch's network, in a process of its own. False: it was done."""
-    out = Path(job.folder) / "evaluation"
-    if (out / "metrics.json").is_file() and (out / "predictions.parquet").is_file():
-        return False
-    command = ["evaluate", "--checkpoint", str(Path(job.folder) / "last.pt"), "--shards", job.config.data.shards]
-    _run([*command, "--out", str(out)], Path(job.folder) / "evaluate.log", f"evaluate {job.title}")
-    return True
-
-
-def _run(arguments: Sequence[str], log: Path, title: str) -> None:
-    command = [sys.executable, "-m", "pasnet", *arguments]
-    last: collections.deque[str] = collections.deque(maxlen=3)
-    with open(log, "a", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                file.write(line)
-                last.append(line.rstrip())
-                print(f"    {line.rstrip()}", flush=True)
-            code = process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    if code != 0:
-        raise StudyError(f"{title}: failed with exit code {code} ({' | '.join(last)}); all of it is in {log}")
-
-
-def results(
-    study: Study, shards: Sequence[Shards], made: Iterable[Job], failures: Mapping[str, str]
-) -> list[dict[str, Any]]:
-    """One record per row x split x seed, made from what lies in the folders. A row that was not run, or one of whose
-    trainings is in `failures` ({folder: reason}), says so instead of giving a number."""
-    by_place = {(job.training, job.config.data.split, job.config.seed): job for job in made}
-    records = []
-    for row in study.rows:
-        of = dataset_for(row, shards)
-        for split in study.splits:
-            for seed in study.seeds:
-                members = [by_place[training, split, seed] for training in _trainings(study, row, shards)]
-                records.append(_result(study, row, of, split, seed, members, failures))
-    return records
-
-
-def _result(
-    study: Study,
-    row: Row,
-    of: Shards | None,
-    split: int,
-    seed: int,
-    members: Sequence[Job],
-    failures: Mapping[str, str],
-) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "table": row.table,
-        "title": row.title,
-        "strategy": row.strategy,
-        "fusion": row.fusion,
-        "paper_dataset": row.dataset,
-        "paper_top1": row.paper_top1,
-        "paper_top5": row.paper_top5,
-        "remark": row.remark,
-        "split": split,
-        "seed": seed,
-    }
-    if of is None:
-        return {**record, "status": "not run", "reason": f"no {row.dataset} in this study"}
-    record |= {
-        "dataset": of.dataset,
-        "shard_digest": of.digest,
-        "videos": of.videos,
-        "missing": of.missing,
-        "num_segments": ",".join(str(job.training.num_segments) for job in members),
-        "trainings": [job.folder for job in members],
-        "id": "+".join(Path(job.folder).name for job in members),
-    }
-    failed = [job.folder for job in members if job.folder in failures]
-    if failed:
-        return {**record, "status": "failed", "reason": f"{failures[failed[0]]} (logs in {failed[0]})"}
-    evaluations = [Path(job.folder) / "evaluation" / "metrics.json" for job in members]
-    done = [json.loads((Path(job.folder) / "done.json").read_text("utf-8")) for job in members]
-    numbers = _ensemble_metrics(members) if len(members) > 1 else json.loads(evaluations[0].read_text("utf-8"))
-    gap = None if row.paper_top1 is None else round(numbers["top1"] - row.paper_top1, 2)
-    config, data = members[0].config, members[0].config.data
-    public = [name for name, path in (("ECO", study.eco_weights), ("pose", study.pose_weights)) if path]
-    start = f"{' and '.join(public)} from public weights" if public else "random start"
-    return {
-        **record,
-        "status": "done",
-        "start": start,
-        "width": config.model.width,
-        "input_size": data.input_size,
-        "train_fraction": data.train_fraction,
-        "top1": numbers["top1"],
-        "top5": numbers["top5"],
-        "top1_low": numbers["top1_low"],
-        "top1_high": numbers["top1_high"],
-        "gap": gap,
-        "best_on_test": done[0]["best_on_test"]["top1"] if len(done) == 1 else None,
-        "seconds": round(sum(of["seconds"] for of in done), 1),
-        "device": done[0]["device"],
-        "history": json.loads((Path(members[0].folder) / "history.json").read_text("utf-8"))
-        if len(members) == 1
-        else [],
-        "params": {
-            **{name: value for name, value in flatten(to_dict(config)).items() if name not in PATHS},
-            "dataset": of.dataset,
-            "strategy": row.strategy,
-            "fusion": row.fusion,
-            "num_segments": record["num_segments"],
-        },
-        "metrics": {
-            "test/top1": numbers["top1"],
-            "test/top5": numbers["top5"],
-            "test/mean_class": numbers["mean_class"],
-            **({"gap_to_paper": gap} if gap is not None else {}),
-            **({"best_on_test/top1": done[0]["best_on_test"]["top1"]} if len(done) == 1 else {}),
-        },
-        "artifacts": [
-            str(path)
-            for job in members
-            for path in (
-                Path(job.folder) / "config.json",
-                Path(job.folder) / "load_report.txt",
-                Path(job.folder) / "evaluation" / "predictions.parquet",
-            )
-        ],
-        "note": f"{row.table}, {row.title}: paper {row.paper_top1} on {row.dataset}; this run is on {of.dataset}, "
-        f"width {config.model.width}, {data.input_size} px, {start}",
-    }
-
-
-def _ensemble_metrics(members: Sequence[Job]) -> dict[str, float]:
-    from pasnet.evaluate import Predictions, ensemble, metrics
-
-    loaded = [Predictions.load(Path(job.folder) / "evaluation" / "predictions.parquet") for job in members]
-    return metrics(ensemble(loaded))
-
-
-def finish(
-    study: Study,
-    shards: Sequence[Shards],
-    records: list[dict[str, Any]],
-    seconds: Mapping[str, float],
-    tracking_uri: str,
-    flow_run_id: str = "",
-) -> str:
-    """Records the rows in MLflow, writes results.json and RESULTS.md, and returns the page."""
-    from pasnet.report import results_page
-    from pasnet.tracking import record_rows
-
-    code = commit()
-    name = study.root.name
-    tags = {"study": name, "commit": code, "preset": study.preset, "prefect.flow_run_id": flow_run_id}
-    done = [record for record in records if record["status"] == "done"]
-    runs = record_rows(tracking_uri, done, experiments=QUESTIONS, study=tags)
-    for record in done:
-        record["run"] = runs[f"{record['table']}/{record['id']}"]
-    content = {
-        "title": f"{name}: preset {study.preset}",
-        "commit": code,
-        "shards": [asdict(of) for of in shards],
-        "seconds": dict(seconds),
-        "results": records,
-    }
-    study.root.mkdir(parents=True, exist_ok=True)
-    (study.root / "results.json").write_text(json.dumps(content, indent=1), "utf-8")
-    page = results_page([content])
-    (study.root / "RESULTS.md").write_text(page, "utf-8")
-    return page
-
-
-def commit() -> str:
-    """The commit of the code, "+" when there are uncommitted changes, "unknown" outside a checkout."""
-    here = Path(__file__).parent.parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True).stdout
-
-    try:
-        return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain").strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pasnet.config import digest
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -28,6 +30,9 @@ def default_uri(root: Path) -> str:
 def client(uri: str) -> MlflowClient:
     """A client for that address; telemetry off, migration messages off."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # MLflow's own defaults wait minutes for a server that is away, once per call
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     import logging
 
     from mlflow import MlflowClient
@@ -44,7 +49,7 @@ def experiment_id(mlflow: MlflowClient, name: str, uri: str) -> str:
         return str(found.experiment_id)
     location = None
     if uri.startswith("sqlite:///"):
-        location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name).as_uri()
+        location = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts" / name).as_uri()
     return str(mlflow.create_experiment(name, artifact_location=location))
 
 
@@ -121,8 +126,8 @@ def record_rows(
 ) -> dict[str, str]:
     """Writes a parent run per table and a child per result, unless a child with the same result is there already.
 
-    `results` are the records of pasnet/study.py, `experiments` maps tables to experiment names, `study` holds tags
-    that all runs share. Returns {row id: child run id}.
+    `results` are the records of pasnet/results.py, `experiments` maps tables to experiment names, `study` holds tags
+    that all runs share. Returns {record id: child run id}.
     """
     mlflow = client(uri)
     children: dict[str, str] = {}
@@ -134,10 +139,11 @@ def record_rows(
         parent = _find(mlflow, experiment, {"study": study["study"], "table": table, "kind": "table"})
         if parent is None:
             tags = {**study, "table": table, "kind": "table"}
-            parent = mlflow.create_run(experiment, run_name=f"{table} @ {study['commit']}", tags=tags).info.run_id
+            parent = mlflow.create_run(experiment, run_name=f"{table}, {study['folder']}", tags=tags).info.run_id
         for result in rows:
-            child = _find(mlflow, experiment, {"study": study["study"], "result": result["id"], "table": table})
-            children[f"{table}/{result['id']}"] = child or _record(mlflow, experiment, parent, result, study)
+            # the id holds a digest of the numbers: a row that was trained anew becomes a new run
+            child = _find(mlflow, experiment, {"study": study["study"], "result": digest(result["id"])})
+            children[result["id"]] = child or _record(mlflow, experiment, parent, result, study)
         mlflow.log_dict(parent, {"results": [dict(row) for row in rows]}, "results.json")
         mlflow.set_terminated(parent)
     return children
@@ -151,7 +157,8 @@ def _record(
         "mlflow.parentRunId": parent,
         "mlflow.note.content": result["note"],
         "kind": "row",
-        "result": result["id"],
+        "result": digest(result["id"]),
+        "commit": result["commit"],
         **{name: str(result[name]) for name in ("table", "title", "strategy", "dataset", "split", "seed")},
         "paper_top1": str(result["paper_top1"]),
         "shards.digest": result["shard_digest"],

@@ -23,6 +23,7 @@ from pasnet.config import ConfigError, OptimConfig, TrainConfig, digest, from_di
 from pasnet.data import Batch, Loader, ShardSet, open_shards
 from pasnet.evaluate import autocast, metrics, predict
 from pasnet.models.pasnet import PASNet, build, parameter_groups
+from pasnet.provenance import commit, versions
 
 # Part of every run's identity. Raise it when a change to networks, data or training changes what comes out, so that
 # finished runs are not taken for new ones.
@@ -42,6 +43,8 @@ def train(config: TrainConfig, out: Path, on_epoch: Callable[[dict[str, Any]], N
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = config.precision == "tf32"  # torch's default would call TF32 fp32
+    torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
     shards = open_shards(Path(config.data.shards))
     if config.model.num_classes != len(shards.class_names):
         raise ConfigError(f"model.num_classes is {config.model.num_classes}, the shards have {len(shards.class_names)}")
@@ -51,7 +54,8 @@ def train(config: TrainConfig, out: Path, on_epoch: Callable[[dict[str, Any]], N
 
     torch.manual_seed(config.seed)
     model = build(config.model)
-    state = _resume(out / "last.pt", config, shards)
+    identity = run_digest(config, shards.digest, _content_of(config.init.parent))
+    state = _resume(out / "last.pt", config, shards, identity)
     if state is None:
         report = load_initial(model, config, shards)
         _write(out / "config.json", json.dumps(to_dict(config), indent=1))
@@ -121,7 +125,7 @@ def train(config: TrainConfig, out: Path, on_epoch: Callable[[dict[str, Any]], N
             "seconds": time.perf_counter() - started,
         }
         history.append(record)
-        _save(out / "last.pt", model, optimizer, history, config, shards)
+        _save(out / "last.pt", model, optimizer, history, config, shards, identity)
         _write(out / "history.json", json.dumps(history, indent=1))
         print(describe(record, optim.epochs), flush=True)
         if on_epoch:
@@ -133,6 +137,8 @@ def train(config: TrainConfig, out: Path, on_epoch: Callable[[dict[str, Any]], N
         "best_on_test": {"epoch": best["epoch"], "top1": best["test_top1"]},
         "seconds": sum(record["seconds"] for record in history),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "commit": commit(),
+        **versions(),
     }
     _write(out / "done.json", json.dumps(result, indent=1))
     return result
@@ -160,9 +166,13 @@ def run_digest(config: TrainConfig, shard_digest: str, parent_digest: str) -> st
     values["data"] |= {"shards": shard_digest, "workers": None}
     values["init"] |= {"parent": parent_digest}
     for name in ("eco", "pose"):
-        if values["init"][name]:
-            values["init"][name] = weights.sha256_of(Path(values["init"][name]))
+        values["init"][name] = _content_of(values["init"][name])
     return digest([NUMERICS, values])
+
+
+def _content_of(path: str) -> str:
+    """The sha256 of a weights file; the path itself where there is no file (whoever reads it complains)."""
+    return weights.sha256_of(Path(path)) if Path(path).is_file() else path
 
 
 def describe(record: dict[str, Any], epochs: int) -> str:
@@ -201,26 +211,31 @@ def set_train_mode(model: nn.Module, optim: OptimConfig) -> None:
 def load_initial(model: PASNet, config: TrainConfig, shards: ShardSet) -> str:
     """Fills a fresh model from `config.init`; returns a report, one line per part. What has no source stays random."""
     state, lines = model.state_dict(), []
-    part = ("appearance.", "temporal.", "head.")
-    ours = {key: value for key, value in state.items() if key.startswith(part)}
+    pose = {key: value for key, value in state.items() if key.startswith("pose.")}
     # the one layer that the "I only" option makes anew (A8)
     remade = (
         ["temporal.res3a_2."] if config.model.fusion.i_only == "new_res3a" and config.model.fusion.style == "I" else []
     )
     if config.init.parent:
-        checkpoint = read_own_checkpoint(Path(config.init.parent), config, shards)
-        from_parent = {key: value for key, value in checkpoint["model"].items() if key.startswith(part)}
-        lines.append(weights.merge(ours, from_parent, source=config.init.parent, may_miss=remade).summary())
+        parent = read_own_checkpoint(Path(config.init.parent), config, shards)["model"]
+        new = ["pose.", "fusion."] if not any(key.startswith("pose.") for key in parent) else ["fusion."]
+        lines.append(weights.merge(state, parent, source=config.init.parent, may_miss=[*new, *remade]).summary())
+        if any(key.startswith("pose.") for key in parent):
+            pose = {}  # a PAS-Net went on from a PAS-Net
+            if config.init.pose:
+                raise ConfigError(f"{config.init.parent} holds a pose network; leave init.pose empty")
     elif config.init.eco:
         tensors = weights.eco_to_pasnet(weights.read_checkpoint(Path(config.init.eco), "eco"))
-        head = ["head."] if tensors["head.weight"].shape != state["head.weight"].shape else []
+        ours = {key: value for key, value in state.items() if key.startswith(("appearance.", "temporal.", "head."))}
+        other_classes = "head.weight" in tensors and len(tensors["head.weight"]) != config.model.num_classes
+        head = ["head."] if other_classes else []  # of Kinetics' 400 classes; trained anew
         lines.append(weights.merge(ours, tensors, source=config.init.eco, may_miss=[*head, *remade]).summary())
     else:
         lines.append("appearance, temporal, head: random start")
-    pose = {key: value for key, value in state.items() if key.startswith("pose.")}
     if pose and config.init.pose:
         tensors = weights.pose_to_pasnet(weights.read_checkpoint(Path(config.init.pose), "pose"))
         lines.append(weights.merge(pose, tensors, source=config.init.pose).summary())
+        lines.append(weights.authenticity(Path(config.init.pose), "pose"))
     elif pose:
         lines.append("pose: random start")
     return "\n".join(lines)
@@ -254,14 +269,11 @@ def model_of(checkpoint: dict[str, Any]) -> tuple[PASNet, TrainConfig]:
     return model, config
 
 
-def _resume(path: Path, config: TrainConfig, shards: ShardSet) -> dict[str, Any] | None:
+def _resume(path: Path, config: TrainConfig, shards: ShardSet, identity: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     checkpoint = read_own_checkpoint(path, config, shards)
-    before, now = checkpoint["config"], json.loads(json.dumps(to_dict(config)))
-    before["data"]["workers"] = now["data"]["workers"]
-    before["data"]["shards"] = now["data"]["shards"]
-    if before != now:
+    if checkpoint["identity"] != identity:
         raise ConfigError(f"{path}: is a run with other settings; give another folder, or remove this one")
     return checkpoint
 
@@ -273,8 +285,10 @@ def _save(
     history: list[dict[str, Any]],
     config: TrainConfig,
     shards: ShardSet,
+    identity: str,
 ) -> None:
     checkpoint = {
+        "identity": identity,
         "config": json.loads(json.dumps(to_dict(config))),  # plain lists, which weights_only loading admits
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -287,7 +301,10 @@ def _save(
         },
     }
     scratch = path.with_suffix(".tmp")
-    torch.save(checkpoint, scratch)
+    with open(scratch, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())  # a rename may reach the disk before the content does
     os.replace(scratch, path)
 
 

@@ -30,8 +30,7 @@ class Source:
     title: str
     where: tuple[str, ...]
     licence: str
-    sha256: str = ""
-    bytes: int = 0
+    sha256: str = ""  # empty: not known
 
 
 REGISTRY: dict[str, Source] = {
@@ -48,7 +47,6 @@ REGISTRY: dict[str, Source] = {
         ),
         licence="academic, non-commercial (OpenPose)",
         sha256="25a948c16078b0f08e236bda51a385d855ef4c153598947c28c0d47ed94bb746",
-        bytes=209_267_595,
     ),
 }
 
@@ -93,7 +91,8 @@ def read_checkpoint(path: Path, kind: str) -> StateDict:
     path = Path(path)
     if not path.is_file():
         source = REGISTRY[kind]
-        raise WeightsError(f"{path}: no such file; {source.title} is to be had from {' or '.join(source.where)}")
+        where = " or ".join(source.where)
+        raise WeightsError(f"{path}: no such file; {source.title} ({source.licence}) is to be had from {where}")
     with open(path, "rb") as file:
         head = file.read(512).lstrip().lower()
     if head.startswith((b"<!doctype", b"<html")):
@@ -128,6 +127,16 @@ def _public_name(name: str) -> str:
     name = re.sub(r"^(module\.)?(base_model\.)?", "", name)
     name = re.sub(r"^model\d(_\d)?\.", "", name)
     return re.sub(r"^new_fc\.", "fc_final.", name)
+
+
+def authenticity(path: Path, kind: str) -> str:
+    """One line: whether a file is the published one, as far as its digest is known."""
+    source = REGISTRY[kind]
+    if not source.sha256:
+        return f"{path}: the digest of {source.title} is not known to us"
+    if sha256_of(path) == source.sha256:
+        return f"{path}: the published {source.title}"
+    return f"{path}: NOT the published {source.title} (its sha256 differs); tensors fit, the values are your own matter"
 
 
 def eco_to_pasnet(tensors: StateDict) -> StateDict:

@@ -58,6 +58,11 @@ class Dataset:
         """Split numbers for which at least one video is on disk."""
         return tuple(sorted({split for video in self.videos for split in video.splits}))
 
+    @property
+    def usable_splits(self) -> tuple[int, ...]:
+        """Split numbers with videos on disk in both subsets."""
+        return tuple(split for split in self.splits if self.count(split, "train") and self.count(split, "test"))
+
     def count(self, split: int, subset: Subset) -> int:
         """Videos on disk in one subset of one split."""
         return sum(video.splits.get(split) == subset for video in self.videos)
@@ -78,12 +83,14 @@ def find_dataset(root: Path) -> tuple[str, Path, Path]:
         if (splits / "classInd.txt").is_file():
             if (root / "synth.json").is_file():  # what pasnet/synth.py leaves beside its videos
                 return "synthetic", videos, splits
-            official = len(_read_class_index(splits / "classInd.txt")) == OFFICIAL_COUNTS["ucf101"][1]
+            names = _read_class_index(splits / "classInd.txt")
+            official = len(names) == OFFICIAL_COUNTS["ucf101"][1] and "ApplyEyeMakeup" in names
             return ("ucf101" if official else "ucf-layout"), videos, splits
         lists = [entry.name for entry in os.scandir(splits) if entry.name.endswith("_test_split1.txt")]
         if lists:
             sizes = {OFFICIAL_COUNTS[name][1]: name for name in ("hmdb51", "jhmdb")}
-            return sizes.get(len(lists), "hmdb-layout"), videos, splits
+            official = "brush_hair_test_split1.txt" in lists
+            return sizes.get(len(lists), "hmdb-layout") if official else "hmdb-layout", videos, splits
     raise DatasetError(
         f"{root}: no split lists beside videos/; expected a folder with classInd.txt and trainlist01.txt (UCF-101), "
         f"or with <class>_test_split1.txt (HMDB-51, J-HMDB)"
@@ -103,6 +110,9 @@ def scan(name: str, videos: Path, splits: Path) -> Dataset:
         raise DatasetError(f"{splits}: no such folder of split lists")
     read = _read_ucf_lists if (splits / "classInd.txt").is_file() else _read_hmdb_lists
     class_names, listed = read(splits)
+    foreign = sorted({split for _, uses in listed.values() for split in uses} - {1, 2, 3})
+    if foreign:
+        raise DatasetError(f"{splits}: has lists of split {foreign[0]}; the shards hold splits 1, 2 and 3")
     if name in OFFICIAL_COUNTS:
         _check_counts(name, splits, class_names, listed)
     by_folder = {class_name.casefold(): label for label, class_name in enumerate(class_names)}
@@ -251,12 +261,13 @@ def _check_counts(name: str, splits: Path, class_names: tuple[str, ...], listed:
 
 def _scan_folder(videos: Path) -> list[tuple[str, Path]]:
     """(class folder, file) of every video, sorted. os.scandir, not glob: names of HMDB-51 hold brackets."""
-    folders = sorted((entry for entry in os.scandir(videos) if entry.is_dir()), key=lambda entry: entry.name)
+    visible = (entry for entry in os.scandir(videos) if entry.is_dir() and not entry.name.startswith("."))
+    folders = sorted(visible, key=lambda entry: entry.name)
     found = [
         (folder.name, Path(entry.path))
         for folder in folders
         for entry in sorted(os.scandir(folder.path), key=lambda entry: entry.name)
-        if entry.name.lower().endswith(VIDEO_SUFFIXES)
+        if entry.name.lower().endswith(VIDEO_SUFFIXES) and not entry.name.startswith(".")
     ]
     if not found:
         raise DatasetError(f"{videos}: no video in it; expected <class>/<video>.avi")

@@ -55,6 +55,7 @@ class SourceInfo:
     width: int
     height: int
     fps: float
+    errors: str = ""  # what the decoder complained of in a video that it decoded all the same: it may be damaged
 
 
 @functools.cache
@@ -76,7 +77,7 @@ def ffmpeg_version() -> str:
 
 
 @functools.cache
-def _passthrough() -> dict[str, str | int]:
+def passthrough() -> dict[str, str | int]:
     """The option that means "every frame once": -fps_mode from ffmpeg 5.1 on, -vsync before."""
     number = re.match(r"n?(\d+)\.(\d+)", ffmpeg_version())
     old = number is not None and (int(number[1]), int(number[2])) < (5, 1)
@@ -92,8 +93,10 @@ def ffmpeg_command(video: Path, settings: DecodeSettings) -> list[str]:
     stream = stream.filter(
         "scale", settings.width, settings.height, flags=settings.scaler, out_range="full", out_color_matrix="bt601"
     ).filter("format", "yuv420p")
-    output = ffmpeg.output(stream, "pipe:", format="rawvideo", pix_fmt="yuv420p", **_passthrough())
-    return output.global_args("-nostdin", "-hide_banner", "-loglevel", "info", "-nostats").compile(cmd=ffmpeg_exe())
+    output = ffmpeg.output(stream, "pipe:", format="rawvideo", pix_fmt="yuv420p", **passthrough())
+    return output.global_args("-nostdin", "-hide_banner", "-loglevel", "level+info", "-nostats").compile(
+        cmd=ffmpeg_exe()
+    )
 
 
 def _source_info(words: str) -> SourceInfo | None:
@@ -107,7 +110,9 @@ def _source_info(words: str) -> SourceInfo | None:
     if codec is None or size is None:
         return None
     fps = float(rate[1]) * (1000 if rate[2] else 1) if rate else 0.0
-    return SourceInfo(codec=codec[0], width=int(size[1]), height=int(size[2]), fps=fps)
+    errors = [text.strip() for text in words.splitlines() if re.match(r"(\[[^]]*\] )?\[(error|fatal|panic)\]", text)]
+    complaint = "" if not errors else errors[0] + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
+    return SourceInfo(codec=codec[0], width=int(size[1]), height=int(size[2]), fps=fps, errors=complaint)
 
 
 def _last_words(words: str) -> str:
@@ -115,7 +120,7 @@ def _last_words(words: str) -> str:
     lines = [line.strip() for line in words.splitlines() if line.strip()]
     fault = re.compile(r"invalid|error|corrupt|not found|could not|failed|denied", re.IGNORECASE)
     faults = [line for line in lines if fault.search(line)]
-    return (faults or lines or ["ffmpeg said nothing"])[-1]
+    return re.sub(r"\[\w+\] ?", "", (faults or lines or ["ffmpeg said nothing"])[-1], count=1)
 
 
 class VideoDecoder:

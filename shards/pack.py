@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.datasets import Dataset, Video
+from shards.datasets import Dataset, DatasetError, Video
 from shards.decode import DecodeError, DecodeSettings, decode_video, ffmpeg_version
 
 FORMAT_VERSION = 1
@@ -46,6 +46,7 @@ INDEX_SCHEMA = pa.schema(
         ("source_codec", pa.string()),
         ("source_width", pa.int32()),
         ("source_height", pa.int32()),
+        ("decode_errors", pa.string()),  # "" or what ffmpeg complained of while it decoded the video all the same
         ("sha256", pa.string()),  # of the JPEGs end to end
     ]
 )
@@ -74,7 +75,7 @@ def plan(
     reader wants several per worker.
     """
     if videos_per_shard < 1:
-        raise ValueError(f"videos_per_shard must be at least 1, got {videos_per_shard}")
+        raise DatasetError(f"videos_per_shard must be at least 1, got {videos_per_shard}")
     total = len(dataset.videos)
     count = max(math.ceil(total / videos_per_shard), min(min_shards, total))
     in_class_order = sorted(dataset.videos, key=lambda video: (video.label, video.key))
@@ -121,6 +122,8 @@ def build_shard(
         "records": records,
         "failures": failures,
     }
+    for name in ("manifest.json", "index.parquet"):  # they describe the old shard; `finish` writes them anew
+        (out / name).unlink(missing_ok=True)
     os.replace(scratch, tar_path)
     _write_json(part_path, part)
     return part
@@ -146,8 +149,9 @@ def finish(
 ) -> dict[str, Any]:
     """Writes index.parquet, failures.parquet and manifest.json; returns the manifest.
 
-    Raises BuildError if a planned shard is not there, or if more than `max_failed` of the videos (a share, 0 to 1;
-    one video is always forgiven) could not be decoded: then the data, or the ffmpeg, is not what it should be.
+    Shards of an earlier plan are removed, so that a reader of `shard-*.tar` sees each video once. Raises BuildError if
+    a planned shard is not there, or if more than `max_failed` of the videos (a share, 0 to 1; one video is always
+    forgiven) could not be decoded: then the data, or the ffmpeg, is not what it should be.
     """
     out = Path(out)
     parts = []
@@ -166,6 +170,10 @@ def finish(
             f"{len(failures)} of {total} videos could not be decoded (limit {max_failed:.1%}), such as "
             f"{first['video']}: {first['reason']}; all of them are in {out / 'failures.parquet'}"
         )
+    planned = {shard.name for shard in plans}
+    for path in [*out.glob("shard-*.tar"), *(out / "parts").glob("shard-*.tar.json")]:
+        if path.name.removesuffix(".json") not in planned:  # of an earlier build with other settings
+            path.unlink()
     _write_parquet(out / "index.parquet", records, INDEX_SCHEMA)
     manifest = {
         "format": FORMAT_VERSION,
@@ -174,6 +182,7 @@ def finish(
         "videos": len(records),
         "frames": sum(record["num_frames"] for record in records),
         "failed": len(failures),
+        "decoded_with_errors": sum(bool(record["decode_errors"]) for record in records),
         "listed_but_missing": len(dataset.missing),
         "subsets": {
             f"split{split}": {
@@ -202,6 +211,8 @@ def build(
     on_video: Callable[[Video], None] | None = None,
 ) -> dict[str, Any]:
     """plan + build_shard for each + finish. Threads suffice: ffmpeg is a process and the JPEG encoder drops the GIL."""
+    if workers < 1:
+        raise DatasetError(f"workers must be at least 1, got {workers}")
     settings = settings or DecodeSettings()
     plans = plan(dataset, settings, videos_per_shard=videos_per_shard)
     with ThreadPoolExecutor(workers) as pool:
@@ -240,6 +251,7 @@ def _write_tar(
                 "source_codec": source.codec,
                 "source_width": source.width,
                 "source_height": source.height,
+                "decode_errors": source.errors,
                 "sha256": hashlib.sha256(frames).hexdigest(),
             }
             sizes = [len(jpeg) for jpeg in jpegs]

@@ -67,6 +67,12 @@ def test_list_prints_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
         (["evaluate", "--checkpoint", "no.pt", "--shards", "{shards}", "--out", "x"], "no.pt: no such checkpoint"),
         (["shards", "build", "--data", "{empty}", "--out", "x"], "has no videos/ folder"),
         (["shards", "build", "--out", "x"], "give --data FOLDER"),
+        (["shards", "build", "--data", "{videos}", "--out", "x", "--workers", "0"], "workers must be at least 1"),
+        (
+            ["shards", "build", "--data", "{videos}", "--out", "x", "--videos-per-shard", "0"],
+            "videos_per_shard must be",
+        ),
+        (["train", "--out", "x", "--config", "{broken}"], "not JSON"),
         (["list", "--tables", "table-6"], "unknown table 'table-6'"),
         (["report", "{empty}"], "results.json: missing"),
         (["synth", "--out", "x", "--set", "num_classes=99"], "num_classes"),
@@ -77,13 +83,16 @@ def test_mistakes_get_one_line_and_exit_code_2(
     arguments: list[str],
     message: str,
     shard_folder: Path,
+    videos: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    places = {"{shards}": str(shard_folder), "{empty}": str(tmp_path / "empty")}
+    (tmp_path / "broken.json").write_text("{")
+    places = {"{shards}": str(shard_folder), "{empty}": str(tmp_path / "empty"), "{videos}": str(videos)}
+    places["{broken}"] = str(tmp_path / "broken.json")
     assert main([places.get(argument, argument) for argument in arguments]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: ") and message in shown and shown.count("\n") == 1
@@ -158,8 +167,6 @@ def test_from_videos_to_accuracy_by_hand(videos: Path, tmp_path: Path, capsys: p
 def test_an_unreachable_tracking_server_does_not_stop_a_training(
     shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     arguments = [
         "train",
         "--shards",

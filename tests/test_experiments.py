@@ -151,6 +151,13 @@ class TestConfig:
             ("optim.micro_batch", 24, "batch must be a multiple of micro_batch"),
             ("data.input_size", 100, "multiple of 8"),
             ("seed", -1, "seed must be at least 0"),
+            ("data.scales", 2, "scales must be in"),
+            ("data.workers", -1, "data.workers must be at least 0"),
+            ("optim.clip_norm", 0, "clip_norm must be above 0"),
+            ("optim.lr", "nan", "lr must be above 0"),
+            ("optim.momentum", 0, "above 0 with nesterov"),
+            ("optim.patience", 0, "patience must be at least 1"),
+            ("model.appearance_mean", "1,2", "model.appearance_mean must be 3 values"),
         ],
     )
     def test_wrong_settings_say_what_is_wrong(self, name: str, value: object, message: str) -> None:

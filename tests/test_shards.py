@@ -193,6 +193,7 @@ class TestDatasets:
                 "in train and in test of split 1",
             ),
             ({"trainlist01.txt": "Bow/v_Bow_g07_c01.avi 1\n"}, "holds none of the 1 videos"),
+            ({"trainlist04.txt": "Bow/v_Bow_g01_c01.avi 1\n"}, "has lists of split 4"),
         ],
     )
     def test_wrong_lists_are_named(self, tmp_path: Path, lists: dict[str, str], message: str) -> None:
@@ -321,6 +322,30 @@ class TestFormat:
         build(dataset, tmp_path, videos_per_shard=4, on_video=lambda video: touched.append(video.key))
         assert 2 <= len(touched) < 12
         assert digest_of(tmp_path) == before
+
+    def test_a_half_rebuilt_folder_does_not_open(self, videos: Path, shard_folder: Path, tmp_path: Path) -> None:
+        copy = Path(shutil.copytree(shard_folder, tmp_path / "copy"))
+        dataset, other = scan(*find_dataset(videos)), replace(SETTINGS, quality=50)
+        shards.build_shard(shards.plan(dataset, other, videos_per_shard=4)[0], copy, other)
+        with pytest.raises(ShardError, match="not a finished shard folder"):
+            open_shards(copy)
+
+    def test_shards_of_an_earlier_plan_go(self, videos: Path, tmp_path: Path) -> None:
+        dataset = scan(*find_dataset(videos))
+        for per_shard, tars in ((1, 12), (64, 8)):
+            manifest = build(dataset, tmp_path, videos_per_shard=per_shard)
+            assert len(list(tmp_path.glob("*.tar"))) == len(manifest["shards"]) == tars
+            assert len(list((tmp_path / "parts").iterdir())) == tars
+
+    def test_a_video_that_is_damaged_in_the_middle_says_so(self, videos: Path, tmp_path: Path) -> None:
+        data = shutil.copytree(videos, tmp_path / "data")
+        victim = sorted((data / "videos").rglob("*.avi"))[0]
+        content = bytearray(victim.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 400] = bytes(range(200)) * 2
+        victim.write_bytes(content)
+        manifest = build(scan(*find_dataset(data)), tmp_path / "out")
+        assert (manifest["failed"], manifest["decoded_with_errors"]) == (0, 1)
 
     def test_other_settings_rebuild(self, videos: Path, shard_folder: Path, tmp_path: Path) -> None:
         copy = shutil.copytree(shard_folder, tmp_path / "copy")

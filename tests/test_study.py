@@ -11,7 +11,8 @@ import pytest
 
 from pasnet.config import ConfigError
 from pasnet.report import results_page, summary_table
-from pasnet.study import Shards, Study, dataset_for, jobs, results
+from pasnet.results import collect
+from pasnet.study import Shards, Study, check_datasets, dataset_for, jobs
 
 COUNTS = {f"split{split}": {"train": 200, "test": 80} for split in (1, 2, 3)}
 
@@ -25,6 +26,7 @@ def shards(dataset: str, classes: int = 5) -> Shards:
         videos=280,
         frames=28_000,
         failed=0,
+        decoded_with_errors=0,
         missing=0,
         subsets=COUNTS,
     )
@@ -54,11 +56,47 @@ def test_jobs_start_from_what_the_strategy_says() -> None:
 
 def test_rows_run_on_their_own_dataset_or_on_a_stand_in() -> None:
     rows = {row.dataset: row for row in Study(tables=("table-4",)).rows}
-    jhmdb = shards("jhmdb")
-    assert dataset_for(rows["ucf101"], BOTH) is BOTH[0] and dataset_for(rows["hmdb51"], BOTH) is BOTH[1]
-    assert dataset_for(rows["ucf101"], (jhmdb,)) is jhmdb
-    assert dataset_for(rows["hmdb51"], (jhmdb,)) is None
-    assert dataset_for(rows["ucf101"], (BOTH[1],)) is None
+    both = ("ucf101", "hmdb51")
+    assert [dataset_for(rows[name], both) for name in both] == ["ucf101", "hmdb51"]
+    assert dataset_for(rows["ucf101"], ("jhmdb",)) == "jhmdb"
+    assert dataset_for(rows["hmdb51"], ("jhmdb",)) is None
+    assert dataset_for(rows["ucf101"], ("hmdb51",)) is None
+
+
+@pytest.mark.parametrize(
+    ("tables", "datasets", "message"),
+    [
+        ((), [("ucf101", (1, 2, 3)), ("ucf101", (1,))], "two of the data folders are ucf101"),
+        (("table-2",), [("hmdb51", (1, 2, 3))], "no row of table-2 runs on hmdb51"),
+        ((), [("ucf101", (1, 2, 3)), ("jhmdb", (1, 2, 3))], "jhmdb would stand in for ucf101, but .*ucf101.* does"),
+        ((), [("ucf101", (2, 3))], r"ucf101: split 1 has no train or no test videos; it has \[2, 3\]"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_decoding(tables: Any, datasets: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_datasets(Study(tables=tables), datasets)
+
+
+def test_a_dataset_of_other_tables_is_left_alone() -> None:
+    both = [("ucf101", (1, 2, 3)), ("hmdb51", (1, 2, 3))]
+    assert check_datasets(Study(tables=("table-2",)), both) == {"ucf101"}
+    assert check_datasets(Study(), both) == {"ucf101", "hmdb51"}
+
+
+def test_k_can_be_replaced_only_where_no_row_is_about_k() -> None:
+    assert {job.config.data.num_segments for job in jobs(Study(tables=("table-2",), num_segments=4), BOTH[:1])} == {4}
+    with pytest.raises(ConfigError, match="num_segments replaces the paper's K"):
+        Study(num_segments=4)
+
+
+def test_the_micro_batch_fits_a_card_at_every_k() -> None:
+    by_k = {
+        job.config.data.num_segments: job.config.optim.micro_batch
+        for job in jobs(Study(), BOTH)
+        if job.config.model.needs_pose
+    }
+    assert by_k == {8: 16, 16: 8, 20: 4, 24: 4, 28: 4, 32: 4, 48: 2}
+    assert all(k * micro * 131 <= 20_000 for k, micro in by_k.items())
 
 
 def test_a_folders_name_follows_what_decides_its_content() -> None:
@@ -111,7 +149,7 @@ def finished(folder: str, top1: float) -> None:
     }
     (Path(folder) / "evaluation").mkdir(parents=True)
     (Path(folder) / "evaluation" / "metrics.json").write_text(json.dumps(numbers))
-    done = {"best_on_test": {"epoch": 1, "top1": top1 + 1}, "seconds": 7200, "device": "CPU"}
+    done = {"best_on_test": {"epoch": 1, "top1": top1 + 1}, "seconds": 7200, "device": "CPU", "commit": "abc"}
     (Path(folder) / "done.json").write_text(json.dumps(done))
     (Path(folder) / "history.json").write_text("[]")
 
@@ -122,19 +160,43 @@ def test_the_page_says_what_was_run_what_failed_and_what_was_not(tmp_path: Path)
     failures = {made[0].folder: "loss is nan"}
     for job in made[1:]:
         finished(job.folder, 91.0)
-    records = results(study, (BOTH[0],), made, failures)
+    records = collect(study, (BOTH[0],), made, failures)
     by_status: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         by_status.setdefault(record["status"], []).append(record)
     assert {status: len(of) for status, of in by_status.items()} == {"done": 5, "failed": 1, "not run": 6}
     best = next(record for record in by_status["done"] if record["paper_top1"] == 94.1)
-    assert best["gap"] == pytest.approx(-3.1) and best["start"] == "random start" and best["width"] == 1.0
+    assert best["gap"] == pytest.approx(-3.1) and best["width"] == 1.0 and best["differs"] == ["random start"]
+    assert best["start"] == "ECO from a random start, pose from a random start"
 
-    content = {"title": "t", "commit": "abc", "shards": [BOTH[0].__dict__], "results": records}
+    content = {"title": "t", "shards": [BOTH[0].__dict__], "results": records}
     page = results_page([content])
     assert "| PAS-Net, 32 frames | twice-finetune | ucf101, 1, 0 | 32 | 94.10 | 91.00 | 86.0 to 96.0 | -3.10 |" in page
     assert "| 92.00 | 2.000 |" in page  # best on test; hours
     assert "failed: loss is nan" in page and "not run: no hmdb51 in this study" in page
-    assert "width 1" in page and "random start" in page and "`abc`" in page
-    assert "Not the paper's setting" in page  # a random start is not the paper's, whatever the width
+    assert "**width 1**" in page and "`abc`" in page
+    assert "What differs: random start." in page  # whatever the width
     assert "94.10" in summary_table(records) and "failed: loss is nan" in summary_table(records)
+
+
+def test_the_page_names_every_setting_that_is_not_the_papers(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"x")
+    asked = {"out": str(tmp_path), "tables": ("table-2",), "fusions": ("A", "Conv(A,I)"), "eco_weights": str(weights)}
+    differs = {}
+    for name, more in {
+        "as in the paper": {"pose_weights": str(weights)},
+        "other": {
+            "pose_weights": str(weights),
+            "overrides": {"optim.epochs": 1, "model.width": 0.5},
+            "num_segments": 4,
+        },
+    }.items():
+        study = Study(**asked, **more)  # type: ignore[arg-type]
+        made = jobs(study, BOTH[:1])
+        for job in made:
+            finished(job.folder, 91.0)
+        differs[name] = [record["differs"] for record in collect(study, BOTH[:1], made, {})]
+    assert differs["as in the paper"] == [[], []]
+    other = ["model.width 0.5 instead of 1.0", "data.num_segments 4 instead of 8", "optim.epochs 1 instead of 40"]
+    assert differs["other"] == [other, other]

@@ -136,7 +136,7 @@ def test_what_is_no_checkpoint_says_so(tmp_path: Path) -> None:
         (dead, "eco", "another network"),
         (tmp_path / "whole.pth", "eco", "no res3a_2.weight"),
         (save(tmp_path / "list.pth", [1, 2]), "eco", "no state dict"),
-        (tmp_path / "nowhere.pth", "pose", r"no such file; OpenPose body network.*huggingface"),
+        (tmp_path / "nowhere.pth", "pose", r"no such file; OpenPose body network.*non-commercial.*huggingface"),
     ]
     for path, kind, message in cases:
         with pytest.raises(WeightsError, match=message) as raised:

@@ -1,0 +1,120 @@
+"""Runs a job of the study: training and evaluation, each in a process of its own, one at a time on a machine.
+
+A process of its own has its own CUDA context, can be killed alone, and is the command that a person would type.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from pasnet.config import ConfigError, to_dict
+from pasnet.study import Job
+
+
+class StudyError(RuntimeError):
+    """A step of the study that failed; the message names its log."""
+
+
+def run_training(job: Job, tracking_uri: str = "") -> bool:
+    """Trains to the last epoch, going on from last.pt where there is one. False: it was done already."""
+    folder = Path(job.folder)
+
+    def done() -> bool:
+        return (folder / "done.json").is_file() and (folder / "last.pt").is_file()
+
+    if done():
+        return False
+    with training_slot() as slot:
+        if done():  # by another study in the same folder, while this one waited
+            return False
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / "evaluation", ignore_errors=True)  # of a network that is no longer there
+        (folder / "done.json").unlink(missing_ok=True)
+        request = folder / "request.json"
+        request.write_text(json.dumps(to_dict(job.config), indent=1), "utf-8")
+        command = ["train", "--config", str(request), "--out", str(folder), "--title", job.title]
+        command += ["--tracking-uri", tracking_uri] if tracking_uri else []
+        _run(command, folder / "train.log", job.title, slot)
+    return True
+
+
+def run_evaluation(job: Job) -> bool:
+    """Evaluates the last epoch's network. False: it was done already."""
+    out = Path(job.folder) / "evaluation"
+    if (out / "metrics.json").is_file() and (out / "predictions.parquet").is_file():
+        return False
+    command = ["evaluate", "--checkpoint", str(Path(job.folder) / "last.pt"), "--shards", job.config.data.shards]
+    with training_slot() as slot:
+        _run([*command, "--out", str(out)], Path(job.folder) / "evaluate.log", f"evaluate {job.title}", slot)
+    return True
+
+
+@contextlib.contextmanager
+def training_slot() -> Iterator[int]:
+    """One of the machine's places for a training (PASNET_TRAININGS of them, default 1), whatever study asks for it.
+
+    A lock of the kernel on a file, which the started process inherits: it is free when both are gone, however they
+    ended. (Prefect's concurrency limits keep the slot of a process that was killed, and the next run then waits for
+    ever.) Yields the file's descriptor.
+    """
+    text = os.environ.get("PASNET_TRAININGS", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"PASNET_TRAININGS must be a whole number of at least 1, got {text!r}")
+    base = Path(tempfile.gettempdir()) / f"pasnet-{os.getuid()}-training"
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(f"{base}-{number}.lock", "a")) for number in range(int(text))]
+        mine = next(filter(_locked, files), None)
+        if mine is None:
+            print("    waiting for another training on this machine", flush=True)
+        while mine is None:
+            time.sleep(0.5)
+            mine = next(filter(_locked, files), None)
+        yield mine.fileno()
+
+
+def _locked(file: IO[str]) -> bool:
+    """Takes the lock of a file; False when another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _run(arguments: Sequence[str], log: Path, title: str, slot: int) -> None:
+    command = [sys.executable, "-m", "pasnet", *arguments]
+    last: collections.deque[str] = collections.deque(maxlen=3)
+    with open(log, "a", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            pass_fds=[slot],
+        )
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                file.write(line)
+                last.append(line.rstrip())
+                print(f"    {line.rstrip()}", flush=True)
+            code = process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if code != 0:
+        raise StudyError(f"{title}: failed with exit code {code} ({' | '.join(last)}); all of it is in {log}")

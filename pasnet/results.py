@@ -1,0 +1,191 @@
+"""What finished trainings amount to: a record per row, dataset, split and seed, for the page and for MLflow."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pasnet.config import DataConfig, FusionConfig, ModelConfig, TrainConfig, digest, flatten, to_dict
+from pasnet.experiments import QUESTIONS, Row
+from pasnet.report import results_page
+from pasnet.study import Job, Shards, Study, dataset_for, trainings_for
+from pasnet.tracking import record_rows
+
+PATHS = ("data.shards", "init.parent")  # differ by place alone; the config that is kept as an artifact has them
+# settings in which a run may differ from our defaults and still be in the paper's setting
+FREE = ("model.num_classes", "data.shards", "data.split", "data.workers", "optim.micro_batch", "seed", "precision")
+
+
+def collect(
+    study: Study, shards: Sequence[Shards], made: Iterable[Job], failures: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """One record per row x split x seed, made from what lies in the folders. A row that was not run, or one of whose
+    trainings is in `failures` ({folder: reason}), says so instead of giving a number."""
+    by_place = {(job.training, job.config.data.split, job.config.seed): job for job in made}
+    records = []
+    for row in study.rows:
+        name = dataset_for(row, [of.dataset for of in shards])
+        of = next((of for of in shards if of.dataset == name), None)
+        for split in study.splits:
+            for seed in study.seeds:
+                members = [by_place[training, split, seed] for training in trainings_for(study, row, shards)]
+                records.append(_result(study, row, of, split, seed, members, failures))
+    return records
+
+
+def _result(
+    study: Study,
+    row: Row,
+    of: Shards | None,
+    split: int,
+    seed: int,
+    members: Sequence[Job],
+    failures: Mapping[str, str],
+) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "table": row.table,
+        "title": row.title,
+        "strategy": row.strategy,
+        "fusion": row.fusion,
+        "paper_dataset": row.dataset,
+        "paper_top1": row.paper_top1,
+        "paper_top5": row.paper_top5,
+        "remark": row.remark,
+        "split": split,
+        "seed": seed,
+    }
+    if of is None:
+        return {**record, "status": "not run", "reason": f"no {row.dataset} in this study"}
+    record |= {
+        "dataset": of.dataset,
+        "shard_digest": of.digest,
+        "videos": of.videos,
+        "missing": of.missing,
+        "num_segments": ",".join(str(job.training.num_segments) for job in members),
+        "trainings": [job.folder for job in members],
+    }
+    failed = [job.folder for job in members if job.folder in failures]
+    if failed:
+        return {**record, "status": "failed", "reason": f"{failures[failed[0]]} (logs in {failed[0]})"}
+    evaluations = [Path(job.folder) / "evaluation" / "metrics.json" for job in members]
+    done = [json.loads((Path(job.folder) / "done.json").read_text("utf-8")) for job in members]
+    numbers = _ensemble_metrics(members) if len(members) > 1 else json.loads(evaluations[0].read_text("utf-8"))
+    gap = None if row.paper_top1 is None else round(numbers["top1"] - row.paper_top1, 2)
+    config, data = members[0].config, members[0].config.data
+    parts = [("ECO", study.eco_weights)] + ([("pose", study.pose_weights)] if config.model.needs_pose else [])
+    start = ", ".join(f"{name} from {'public weights' if path else 'a random start'}" for name, path in parts)
+    return {
+        **record,
+        "status": "done",
+        "id": f"{row.name} split{split} seed{seed} {digest([[job.folder for job in members], numbers])}",
+        "start": start,
+        "differs": _differences(row, of, members, all(path for _, path in parts)),
+        "width": config.model.width,
+        "input_size": data.input_size,
+        "train_fraction": data.train_fraction,
+        "commit": ", ".join(sorted({each["commit"] for each in done})),
+        "top1": numbers["top1"],
+        "top5": numbers["top5"],
+        "top1_low": numbers["top1_low"],
+        "top1_high": numbers["top1_high"],
+        "gap": gap,
+        "best_on_test": done[0]["best_on_test"]["top1"] if len(done) == 1 else None,
+        "seconds": round(sum(of["seconds"] for of in done), 1),
+        "device": done[0]["device"],
+        "history": json.loads((Path(members[0].folder) / "history.json").read_text("utf-8"))
+        if len(members) == 1
+        else [],
+        "params": {
+            **{name: value for name, value in flatten(to_dict(config)).items() if name not in PATHS},
+            "dataset": of.dataset,
+            "strategy": row.strategy,
+            "fusion": row.fusion,
+            "num_segments": record["num_segments"],
+        },
+        "metrics": {
+            "test/top1": numbers["top1"],
+            "test/top5": numbers["top5"],
+            "test/mean_class": numbers["mean_class"],
+            **({"gap_to_paper": gap} if gap is not None else {}),
+            **({"best_on_test/top1": done[0]["best_on_test"]["top1"]} if len(done) == 1 else {}),
+        },
+        "artifacts": [
+            str(path)
+            for job in members
+            for path in (
+                Path(job.folder) / "config.json",
+                Path(job.folder) / "load_report.txt",
+                Path(job.folder) / "evaluation" / "predictions.parquet",
+            )
+        ],
+        "note": f"{row.table}, {row.title}: paper {row.paper_top1} on {row.dataset}; this run is on {of.dataset}, "
+        f"width {config.model.width}, {data.input_size} px, {start}",
+    }
+
+
+def _differences(row: Row, of: Shards, members: Sequence[Job], public_start: bool) -> list[str]:
+    """What keeps a result from being one in the paper's setting, as far as our defaults are that setting."""
+    found = [] if of.dataset == row.dataset else [f"{of.dataset} instead of {row.dataset}"]
+    found += [f"{of.missing} listed videos missing"] if of.missing else []
+    found += [] if public_start else ["random start"]
+    for k, job in zip(row.num_segments, members, strict=True):
+        usual = TrainConfig(
+            model=ModelConfig(num_classes=1, fusion=FusionConfig(style=row.fusion)),
+            data=DataConfig(shards="", num_segments=k),
+        )
+        expected = flatten(to_dict(usual))
+        for name, value in flatten(to_dict(job.config)).items():
+            if value != expected[name] and name not in FREE and not name.startswith("init."):
+                found.append(f"{name} {value} instead of {expected[name]}")
+    return list(dict.fromkeys(found))
+
+
+def _ensemble_metrics(members: Sequence[Job]) -> dict[str, float]:
+    from pasnet.evaluate import Predictions, ensemble, metrics
+
+    loaded = [Predictions.load(Path(job.folder) / "evaluation" / "predictions.parquet") for job in members]
+    return metrics(ensemble(loaded))
+
+
+def finish(
+    study: Study,
+    shards: Sequence[Shards],
+    records: list[dict[str, Any]],
+    seconds: Mapping[str, float],
+    tracking_uri: str,
+    flow_run_id: str = "",
+) -> str:
+    """Writes results.json and RESULTS.md, records the rows in MLflow, and returns the page.
+
+    MLflow comes second and may fail: the results are on disk, and the next run of the study sends them.
+    """
+    content = {
+        "title": f"{study.root.name}: preset {study.preset}",
+        "shards": [dataclasses.asdict(of) for of in shards],
+        "seconds": dict(seconds),
+        "results": records,
+    }
+
+    def write() -> str:
+        study.root.mkdir(parents=True, exist_ok=True)
+        (study.root / "results.json").write_text(json.dumps(content, indent=1), "utf-8")
+        page = results_page([content])
+        (study.root / "RESULTS.md").write_text(page, "utf-8")
+        return page
+
+    page = write()
+    place = digest(str(study.root.absolute()))  # two folders of one name may share a tracking server
+    tags = {"study": place, "folder": study.root.name, "preset": study.preset, "prefect.flow_run_id": flow_run_id}
+    done = [record for record in records if record["status"] == "done"]
+    try:
+        runs = record_rows(tracking_uri, done, experiments=QUESTIONS, study=tags)
+    except Exception as error:  # of any kind: MLflow's, SQLAlchemy's, the network's
+        print(f"MLflow at {tracking_uri} took no results ({error}); run the study again to send them", file=sys.stderr)
+        return page
+    for record in done:
+        record["run"] = runs[record["id"]]
+    return write()
