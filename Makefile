@@ -10,7 +10,7 @@ RUN    ?= runs/smoke-synthetic
 .PHONY: help install smoke test lint types format serve bench clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
+	@awk -F ':.*## *' '/^[a-z]+:.*##/ { printf "%-10s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed  ## the environment in .venv, versions as in constraints.txt
 
@@ -18,7 +18,7 @@ install: $(VENV)/.installed  ## the environment in .venv, versions as in constra
 # UV_FIND_LINKS: uv ignores pip's variable of the same meaning. Bytecode is compiled once here, not at every start.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	    { echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=/path/to/python3.11"; exit 2; }
+	    { echo "error: $(PYTHON) is missing or older than Python 3.11; run make PYTHON=/path/to/python3.11"; exit 2; }
 	@echo "installing into $(VENV) (minutes)"; date +%s >.install-started
 	@$(PYTHON) -m venv $(VENV)
 	@unset PYTHONDONTWRITEBYTECODE; \
@@ -45,10 +45,10 @@ format: install  ## rewrite the sources in the house format
 
 serve: install  ## MLflow's pages for RUN (default: the smoke run) on http://127.0.0.1:5000
 	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --host 127.0.0.1 \
-	    --port 5000 --workers 1 --backend-store-uri "sqlite:///$(abspath $(RUN))/mlflow.db"
+	    --port 5000 --workers 1 --backend-store-uri "sqlite:///$$(cd "$(RUN)" && pwd)/mlflow.db"
 
 bench: install  ## benchmarks, with their peers, into benchmarks/results/
-	@$(BIN)/python -m benchmarks
+	@$(BIN)/python -m benchmarks $(if $(DATA),--data "$(DATA)")
 
 clean:  ## removes the environment and caches; runs/ stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -16,6 +16,7 @@ The videos are the embedded synthetic ones, or a dataset folder: `python -m benc
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -44,10 +45,11 @@ from shards import (
     segment_indices,
     stream,
 )
-from shards.decode import ffmpeg_version
+from shards.decode import ffmpeg_version, passthrough
 
 K = 16
 SETTINGS = DecodeSettings()
+PASSTHROUGH = [word for name, value in passthrough().items() for word in (f"-{name}", str(value))]
 
 
 def cpu_seconds() -> float:
@@ -64,7 +66,7 @@ def ffmpeg_pipe(video: Path, *options: str) -> bytes:
 
 def rgb_frames(video: Path) -> np.ndarray:
     """Every frame through an RGB pipe."""
-    raw = ffmpeg_pipe(video, "-vf", "scale=340:256", "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24")
+    raw = ffmpeg_pipe(video, "-vf", "scale=340:256", *PASSTHROUGH, "-f", "rawvideo", "-pix_fmt", "rgb24")
     return np.frombuffer(raw, np.uint8).reshape(-1, 256, 340, 3)
 
 
@@ -80,6 +82,12 @@ BUILD: dict[str, Callable[[Path], Any]] = {
     "ffmpeg mjpeg": lambda video: ffmpeg_pipe(video, "-vf", "scale=340:256", "-q:v", "3", "-f", "mjpeg"),
     "decode only": lambda video: ffmpeg_pipe(video, "-f", "null"),
 }
+
+
+def run_all(run: Callable[[Path], Any], paths: list[Path]) -> None:
+    """One round of a peer of the build."""
+    for path in paths:
+        run(path)
 
 
 def measure(peers: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -133,9 +141,8 @@ def main() -> None:
         def indices(n: int) -> np.ndarray:
             return segment_indices(n, K)
 
-        building = {
-            name: lambda run=run: [run(video.path) for video in few]  # type: ignore[misc]
-            for name, run in BUILD.items()
+        building: dict[str, Callable[[], Any]] = {
+            name: functools.partial(run_all, run, [video.path for video in few]) for name, run in BUILD.items()
         }
         reading: dict[str, Callable[[], Any]] = {
             "ours": lambda: [store.read_frames(row, indices(int(store.num_frames[row]))) for row in range(len(store))],

@@ -60,7 +60,7 @@ def _run(arguments: argparse.Namespace) -> None:
     Path(home).mkdir(parents=True, exist_ok=True)  # Prefect's server waits for ever for a folder that is not there
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")  # 20 is short on a busy machine
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # a failed task is reported by run_jobs, in a line
     os.environ.setdefault("DO_NOT_TRACK", "true")
     from flows.reproduce import pasnet
     from pasnet.report import summary_table

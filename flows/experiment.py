@@ -42,4 +42,5 @@ def run_jobs(jobs: Sequence[Job], tracking_uri: str) -> dict[str, str]:
         if not future.state.is_completed():
             cause = trained[folder].state if not trained[folder].state.is_completed() else future.state
             failures[folder] = str(cause.message or cause.name)
+            print(f"    FAILED {failures[folder]}", flush=True)
     return failures
