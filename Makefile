@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (minutes)"; date +%s >.install-started
 	@$(PYTHON) -m venv $(VENV)
 	@unset PYTHONDONTWRITEBYTECODE; \
-	    { $(BIN)/pip install --quiet uv && UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(BIN)/uv pip install \
+	    { $(BIN)/pip install --quiet uv -c constraints.txt && UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(BIN)/uv pip install \
 	      --quiet --python $(BIN)/python --compile-bytecode -e '.[dev]' -c constraints.txt; } || \
 	    { echo "uv could not install, pip tries"; $(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt; }
 	@echo "installed in $$(( $$(date +%s) - $$(cat .install-started) )) s"; rm -f .install-started
@@ -44,6 +44,7 @@ format: install  ## rewrite the sources in the house format
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 serve: install  ## MLflow's pages for RUN (default: the smoke run) on http://127.0.0.1:5000
+	@test -f "$(RUN)/mlflow.db" || { echo "error: no $(RUN)/mlflow.db; run make smoke, or give RUN=folder"; exit 2; }
 	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --host 127.0.0.1 \
 	    --port 5000 --workers 1 --backend-store-uri "sqlite:///$$(cd "$(RUN)" && pwd)/mlflow.db"
 

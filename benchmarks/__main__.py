@@ -79,7 +79,7 @@ def build_rgb_pillow(video: Path) -> None:
 BUILD: dict[str, Callable[[Path], Any]] = {
     "ours": lambda video: decode_video(video, SETTINGS),
     "rgb + Pillow": build_rgb_pillow,
-    "ffmpeg mjpeg": lambda video: ffmpeg_pipe(video, "-vf", "scale=340:256", "-q:v", "3", "-f", "mjpeg"),
+    "ffmpeg mjpeg": lambda video: ffmpeg_pipe(video, "-vf", "scale=340:256", *PASSTHROUGH, "-q:v", "3", "-f", "mjpeg"),
     "decode only": lambda video: ffmpeg_pipe(video, "-f", "null"),
 }
 

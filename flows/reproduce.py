@@ -21,7 +21,7 @@ from pydantic import Field
 from flows.experiment import run_jobs
 from flows.prepare import prepare, videos
 from pasnet import tracking
-from pasnet.execute import StudyError
+from pasnet.execute import StudyError, trainings_at_once
 from pasnet.results import collect, finish
 from pasnet.study import EMBEDDED, Shards, Study, check_datasets, jobs
 
@@ -72,6 +72,7 @@ def pasnet(
         pose_weights=pose_weights,
         overrides=overrides or {},
     )
+    trainings_at_once()  # a bad value is better found before the videos are decoded
     seconds: dict[str, float] = {}
     with stage("videos", seconds):
         datasets = [videos(study, source, workers) for source in study.data]

@@ -173,7 +173,7 @@ def _train(arguments: argparse.Namespace) -> None:
         replace,
         to_dict,
     )
-    from pasnet.experiments import PRESETS
+    from pasnet.experiments import PRESETS, fitting
     from pasnet.study import Shards
 
     if arguments.config:
@@ -204,7 +204,11 @@ def _train(arguments: argparse.Namespace) -> None:
         )
     else:
         raise ConfigError("give --config FILE or --shards FOLDER")
-    config = replace(config, overrides(arguments.set))
+    changes = overrides(arguments.set)
+    config = replace(config, changes)
+    if "optim.micro_batch" not in changes and not arguments.config:
+        optim = fitting(config.optim, config.model, config.data.num_segments)
+        config = replace(config, {"optim.micro_batch": optim.micro_batch})
 
     from pasnet.tracking import LiveRun
     from pasnet.train import train

@@ -177,7 +177,7 @@ class InitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training: all that decides its result. `digest` is its identity on disk."""
+    """One training: all that decides its result; pasnet/train.py makes its identity from it."""
 
     model: ModelConfig
     data: DataConfig

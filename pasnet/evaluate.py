@@ -56,9 +56,15 @@ class Predictions:
         )
 
 
+def set_precision(precision: str) -> None:
+    """Makes "fp32" mean fp32 on a GPU: torch's own default lets convolutions round their inputs to TF32."""
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """The autocast context of a precision ("fp32" means none)."""
-    if precision == "fp32":
+    """The autocast context of a precision: bf16's, or none."""
+    if precision != "bf16":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 

@@ -36,17 +36,17 @@ def run_training(job: Job, tracking_uri: str = "") -> bool:
 
     if done():
         return False
-    with training_slot() as slot:
+    folder.mkdir(parents=True, exist_ok=True)
+    with training_slot() as slot, folder_lock(folder) as lock:
         if done():  # by another study in the same folder, while this one waited
             return False
-        folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / "evaluation", ignore_errors=True)  # of a network that is no longer there
         (folder / "done.json").unlink(missing_ok=True)
         request = folder / "request.json"
         request.write_text(json.dumps(to_dict(job.config), indent=1), "utf-8")
         command = ["train", "--config", str(request), "--out", str(folder), "--title", job.title]
         command += ["--tracking-uri", tracking_uri] if tracking_uri else []
-        _run(command, folder / "train.log", job.title, slot)
+        _run(command, folder / "train.log", job.title, [slot, lock])
     return True
 
 
@@ -57,7 +57,7 @@ def run_evaluation(job: Job) -> bool:
         return False
     command = ["evaluate", "--checkpoint", str(Path(job.folder) / "last.pt"), "--shards", job.config.data.shards]
     with training_slot() as slot:
-        _run([*command, "--out", str(out)], Path(job.folder) / "evaluate.log", f"evaluate {job.title}", slot)
+        _run([*command, "--out", str(out)], Path(job.folder) / "evaluate.log", f"evaluate {job.title}", [slot])
     return True
 
 
@@ -69,12 +69,9 @@ def training_slot() -> Iterator[int]:
     ended. (Prefect's concurrency limits keep the slot of a process that was killed, and the next run then waits for
     ever.) Yields the file's descriptor.
     """
-    text = os.environ.get("PASNET_TRAININGS", "1")
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"PASNET_TRAININGS must be a whole number of at least 1, got {text!r}")
-    base = Path(tempfile.gettempdir()) / f"pasnet-{os.getuid()}-training"
+    base = Path(os.environ.get("PASNET_LOCKS") or tempfile.gettempdir()) / f"pasnet-{os.getuid()}-training"
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(f"{base}-{number}.lock", "a")) for number in range(int(text))]
+        files = [stack.enter_context(open(f"{base}-{number}.lock", "a")) for number in range(trainings_at_once())]
         mine = next(filter(_locked, files), None)
         if mine is None:
             print("    waiting for another training on this machine", flush=True)
@@ -82,6 +79,22 @@ def training_slot() -> Iterator[int]:
             time.sleep(0.5)
             mine = next(filter(_locked, files), None)
         yield mine.fileno()
+
+
+def trainings_at_once() -> int:
+    """PASNET_TRAININGS, default 1. Raises ConfigError for what is no such number."""
+    text = os.environ.get("PASNET_TRAININGS", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"PASNET_TRAININGS must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[int]:
+    """Waits until nobody else trains into this folder, such as the orphan of a study that was killed."""
+    with open(folder / "lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
 
 
 def _locked(file: IO[str]) -> bool:
@@ -93,7 +106,7 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def _run(arguments: Sequence[str], log: Path, title: str, slot: int) -> None:
+def _run(arguments: Sequence[str], log: Path, title: str, inherited: Sequence[int]) -> None:
     command = [sys.executable, "-m", "pasnet", *arguments]
     last: collections.deque[str] = collections.deque(maxlen=3)
     with open(log, "a", encoding="utf-8") as file:
@@ -103,7 +116,7 @@ def _run(arguments: Sequence[str], log: Path, title: str, slot: int) -> None:
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            pass_fds=[slot],
+            pass_fds=inherited,
         )
         assert process.stdout is not None
         try:

@@ -7,6 +7,7 @@ paper prints none. docs/paper.md holds the evidence for what the paper leaves op
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from pasnet.config import (
     FUSION_TITLES,
     ConfigError,
+    ModelConfig,
     OptimConfig,
     fusion_style,
 )
@@ -267,6 +269,13 @@ def micro_batch_for(num_segments: int) -> int:
     """
     fits = max(1, int(20_000 / (131 * num_segments)))
     return 1 << (fits.bit_length() - 1)
+
+
+def fitting(optim: OptimConfig, model: ModelConfig, num_segments: int) -> OptimConfig:
+    """The same recipe with a micro batch that fits a card; ECO alone needs no smaller one."""
+    if not model.needs_pose:
+        return optim
+    return dataclasses.replace(optim, micro_batch=min(optim.micro_batch, micro_batch_for(num_segments)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pasnet import weights
 from pasnet.config import DataConfig, FusionConfig, ModelConfig, TrainConfig, digest, flatten, to_dict
 from pasnet.experiments import QUESTIONS, Row
 from pasnet.report import results_page
@@ -17,7 +18,7 @@ from pasnet.tracking import record_rows
 
 PATHS = ("data.shards", "init.parent")  # differ by place alone; the config that is kept as an artifact has them
 # settings in which a run may differ from our defaults and still be in the paper's setting
-FREE = ("model.num_classes", "data.shards", "data.split", "data.workers", "optim.micro_batch", "seed", "precision")
+FREE = ("model.num_classes", "data.shards", "data.split", "data.workers", "optim.micro_batch", "seed")
 
 
 def collect(
@@ -77,11 +78,11 @@ def _result(
     gap = None if row.paper_top1 is None else round(numbers["top1"] - row.paper_top1, 2)
     config, data = members[0].config, members[0].config.data
     parts = [("ECO", study.eco_weights)] + ([("pose", study.pose_weights)] if config.model.needs_pose else [])
-    start = ", ".join(f"{name} from {'public weights' if path else 'a random start'}" for name, path in parts)
+    start = ", ".join(f"{name} from {Path(path).name if path else 'a random start'}" for name, path in parts)
     return {
         **record,
         "status": "done",
-        "id": f"{row.name} split{split} seed{seed} {digest([[job.folder for job in members], numbers])}",
+        "id": f"{row.name} split{split} seed{seed} {digest([[Path(job.folder).name for job in members], numbers])}",
         "start": start,
         "differs": _differences(row, of, members, all(path for _, path in parts)),
         "width": config.model.width,
@@ -131,7 +132,10 @@ def _differences(row: Row, of: Shards, members: Sequence[Job], public_start: boo
     """What keeps a result from being one in the paper's setting, as far as our defaults are that setting."""
     found = [] if of.dataset == row.dataset else [f"{of.dataset} instead of {row.dataset}"]
     found += [f"{of.missing} listed videos missing"] if of.missing else []
+    found += [f"{of.failed} videos could not be decoded"] if of.failed else []
     found += [] if public_start else ["random start"]
+    pose = members[0].config.init.pose
+    found += [] if not pose or weights.is_published(Path(pose), "pose") else ["pose weights are not the published ones"]
     for k, job in zip(row.num_segments, members, strict=True):
         usual = TrainConfig(
             model=ModelConfig(num_classes=1, fusion=FusionConfig(style=row.fusion)),

@@ -31,7 +31,7 @@ from pasnet.config import (
     from_dict,
     replace,
 )
-from pasnet.experiments import PRESETS, Preset, Row, Training, in_order, micro_batch_for, select_rows, trainings_of
+from pasnet.experiments import PRESETS, Preset, Row, Training, fitting, in_order, select_rows, trainings_of
 
 EMBEDDED = "synthetic"  # names the embedded dataset wherever a dataset folder is asked for
 
@@ -78,7 +78,9 @@ class Study:
                 raise ConfigError(f"{name} is set by the study itself; use its own parameter")
             if name == "data.num_segments":
                 raise ConfigError("set K with num_segments, not with data.num_segments")
-        replace(TrainConfig(model=ModelConfig(num_classes=2), data=DataConfig(shards="-")), dict(self.overrides))
+        for row in self.rows:  # every config that will be made, at the sizes that it will have
+            for training in in_order(self.at_k(trainings_of(row, row.dataset))):
+                self.config_of(training, num_classes=2, shards="-", split=1, seed=0, parent="")
 
     @property
     def size(self) -> Preset:
@@ -94,6 +96,30 @@ class Study:
     def rows(self) -> tuple[Row, ...]:
         """The rows of the paper that were asked for."""
         return select_rows(self.tables or self.size.tables, self.fusions or self.size.fusions)
+
+    def at_k(self, trainings: Sequence[Training]) -> tuple[Training, ...]:
+        """The same trainings at the study's own K, if it has one."""
+        return tuple(trainings if self.k is None else (dataclasses.replace(t, num_segments=self.k) for t in trainings))
+
+    def config_of(
+        self, training: Training, *, num_classes: int, shards: str, split: int, seed: int, parent: str
+    ) -> TrainConfig:
+        """The whole configuration of one training. `parent` is the checkpoint of step 1 of twice-finetune, or ""."""
+        size = self.size
+        model = ModelConfig(num_classes=num_classes, fusion=FusionConfig(style=training.fusion), width=size.width)
+        optim = size.eco_optim if training.strategy == "eco" else size.optim
+        config = TrainConfig(
+            model=model,
+            data=DataConfig(shards=shards, split=split, num_segments=training.num_segments, input_size=size.input_size),
+            optim=fitting(optim, model, training.num_segments),
+            init=InitConfig(
+                eco="" if parent else self.eco_weights,
+                pose=self.pose_weights if model.needs_pose else "",
+                parent=parent,
+            ),
+            seed=seed,
+        )
+        return replace(config, dict(self.overrides))
 
     @property
     def root(self) -> Path:
@@ -199,8 +225,7 @@ def trainings_for(study: Study, row: Row, shards: Sequence[Shards]) -> tuple[Tra
     dataset = dataset_for(row, [of.dataset for of in shards])
     if dataset is None:
         return ()
-    wanted = trainings_of(row, dataset)
-    return wanted if study.k is None else tuple(dataclasses.replace(each, num_segments=study.k) for each in wanted)
+    return study.at_k(trainings_of(row, dataset))
 
 
 def jobs(study: Study, shards: Sequence[Shards]) -> tuple[Job, ...]:
@@ -221,26 +246,17 @@ def jobs(study: Study, shards: Sequence[Shards]) -> tuple[Job, ...]:
 def _job(study: Study, of: Shards, training: Training, split: int, seed: int, parent: Job | None) -> Job:
     from pasnet.train import run_digest
 
-    size = study.size
-    model = ModelConfig(num_classes=of.num_classes, fusion=FusionConfig(style=training.fusion), width=size.width)
-    optim = size.eco_optim if training.strategy == "eco" else size.optim
-    if model.needs_pose:
-        optim = dataclasses.replace(optim, micro_batch=min(optim.micro_batch, micro_batch_for(training.num_segments)))
-    config = TrainConfig(
-        model=model,
-        data=DataConfig(shards=of.folder, split=split, num_segments=training.num_segments, input_size=size.input_size),
-        optim=optim,
-        init=InitConfig(
-            eco="" if parent else study.eco_weights,
-            pose=study.pose_weights if model.needs_pose else "",
-            parent=str(Path(parent.folder) / "last.pt") if parent else "",
-        ),
+    config = study.config_of(
+        training,
+        num_classes=of.num_classes,
+        shards=of.folder,
+        split=split,
         seed=seed,
+        parent=str(Path(parent.folder) / "last.pt") if parent else "",
     )
-    train_videos = of.subsets[f"split{split}"]["train"]
-    if size.max_train_videos is not None and train_videos > size.max_train_videos:
-        config = replace(config, {"data.train_fraction": size.max_train_videos / train_videos})
-    config = replace(config, dict(study.overrides))
+    train_videos, limit = of.subsets[f"split{split}"]["train"], study.size.max_train_videos
+    if limit is not None and train_videos > limit and "data.train_fraction" not in study.overrides:
+        config = replace(config, {"data.train_fraction": limit / train_videos})
     identity = run_digest(config, of.digest, Path(parent.folder).name if parent else "")
     slug = re.sub(r"[^a-z0-9]+", "-", f"{training.strategy} {training.fusion}".lower()).strip("-")
     name = f"{of.dataset}-s{split}-k{training.num_segments}-{slug}-seed{seed}-{identity}"

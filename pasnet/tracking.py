@@ -172,12 +172,17 @@ def _record(
         mlflow.log_metric(run, metric, value, step=len(result["history"]))
     log_history(mlflow, run, result["history"])
     for path in result["artifacts"]:
-        mlflow.log_artifact(run, path)
+        several = len(result["trainings"]) > 1  # the networks of an ensemble: files of the same names
+        mlflow.log_artifact(
+            run, path, next(Path(t).name for t in result["trainings"] if t in path) if several else None
+        )
     mlflow.set_terminated(run)
     return run
 
 
 def _find(mlflow: MlflowClient, experiment: str, tags: Mapping[str, str]) -> str | None:
     words = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
-    found = mlflow.search_runs([experiment], f"{words} and attributes.status = 'FINISHED'", max_results=1)
+    if tags.get("kind") != "table":  # a table's run is taken up again; a row's that broke off is made anew
+        words += " and attributes.status = 'FINISHED'"
+    found = mlflow.search_runs([experiment], words, max_results=1)
     return str(found[0].info.run_id) if found else None

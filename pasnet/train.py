@@ -21,7 +21,7 @@ from torch import nn
 from pasnet import weights
 from pasnet.config import ConfigError, OptimConfig, TrainConfig, digest, from_dict, to_dict
 from pasnet.data import Batch, Loader, ShardSet, open_shards
-from pasnet.evaluate import autocast, metrics, predict
+from pasnet.evaluate import autocast, metrics, predict, set_precision
 from pasnet.models.pasnet import PASNet, build, parameter_groups
 from pasnet.provenance import commit, versions
 
@@ -43,8 +43,7 @@ def train(config: TrainConfig, out: Path, on_epoch: Callable[[dict[str, Any]], N
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.allow_tf32 = config.precision == "tf32"  # torch's default would call TF32 fp32
-    torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+    set_precision(config.precision)
     shards = open_shards(Path(config.data.shards))
     if config.model.num_classes != len(shards.class_names):
         raise ConfigError(f"model.num_classes is {config.model.num_classes}, the shards have {len(shards.class_names)}")
@@ -54,7 +53,7 @@ def train(config: TrainConfig, out: Path, on_epoch: Callable[[dict[str, Any]], N
 
     torch.manual_seed(config.seed)
     model = build(config.model)
-    identity = run_digest(config, shards.digest, _content_of(config.init.parent))
+    identity = run_digest(config, shards.digest, _identity_of(config.init.parent))
     state = _resume(out / "last.pt", config, shards, identity)
     if state is None:
         report = load_initial(model, config, shards)
@@ -149,6 +148,7 @@ def evaluate_checkpoint(checkpoint: Path, shards_folder: Path, out: Path) -> dic
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shards = open_shards(Path(shards_folder))
     model, config = model_of(read_own_checkpoint(Path(checkpoint), None, shards))
+    set_precision(config.precision)
     batch = min(config.optim.batch, config.optim.micro_batch)
     loader = Loader(shards, config.data, subset="test", batch=batch, seed=config.seed)
     predictions = predict(model.to(device), loader, shards.keys, device, config.precision)
@@ -168,6 +168,13 @@ def run_digest(config: TrainConfig, shard_digest: str, parent_digest: str) -> st
     for name in ("eco", "pose"):
         values["init"][name] = _content_of(values["init"][name])
     return digest([NUMERICS, values])
+
+
+def _identity_of(parent: str) -> str:
+    """The identity that a checkpoint of ours holds. Not its sha256: the file holds timings too."""
+    if not Path(parent).is_file():
+        return parent
+    return str(torch.load(parent, map_location="cpu", weights_only=True).get("identity", ""))
 
 
 def _content_of(path: str) -> str:

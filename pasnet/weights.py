@@ -129,12 +129,17 @@ def _public_name(name: str) -> str:
     return re.sub(r"^new_fc\.", "fc_final.", name)
 
 
+def is_published(path: Path, kind: str) -> bool:
+    """Whether a file has the digest of the published one."""
+    return sha256_of(path) == REGISTRY[kind].sha256
+
+
 def authenticity(path: Path, kind: str) -> str:
     """One line: whether a file is the published one, as far as its digest is known."""
     source = REGISTRY[kind]
     if not source.sha256:
         return f"{path}: the digest of {source.title} is not known to us"
-    if sha256_of(path) == source.sha256:
+    if is_published(path, kind):
         return f"{path}: the published {source.title}"
     return f"{path}: NOT the published {source.title} (its sha256 differs); tensors fit, the values are your own matter"
 

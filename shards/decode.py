@@ -110,7 +110,8 @@ def _source_info(words: str) -> SourceInfo | None:
     if codec is None or size is None:
         return None
     fps = float(rate[1]) * (1000 if rate[2] else 1) if rate else 0.0
-    errors = [text.strip() for text in words.splitlines() if re.match(r"(\[[^]]*\] )?\[(error|fatal|panic)\]", text)]
+    fault = re.compile(r"(\[[^]]*\] )*\[(error|fatal|panic)\]")
+    errors = [re.sub(r" @ 0x[0-9a-f]+", "", text.strip()) for text in words.splitlines() if fault.match(text)]
     complaint = "" if not errors else errors[0] + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
     return SourceInfo(codec=codec[0], width=int(size[1]), height=int(size[2]), fps=fps, errors=complaint)
 

@@ -109,7 +109,7 @@ def build_shard(
         return done
     part_path.parent.mkdir(parents=True, exist_ok=True)
     tar_path = out / shard.name
-    scratch = tar_path.with_suffix(".tar.tmp")
+    scratch = out / f"{shard.name}.{os.getpid()}.tmp"  # two builds into one folder do not write into one file
     records, failures = _write_tar(scratch, shard, settings, on_video)
     _add_offsets(scratch, records)
     with open(scratch, "rb") as file:
@@ -174,6 +174,8 @@ def finish(
     for path in [*out.glob("shard-*.tar"), *(out / "parts").glob("shard-*.tar.json")]:
         if path.name.removesuffix(".json") not in planned:  # of an earlier build with other settings
             path.unlink()
+    for path in out.glob("shard-*.tmp"):  # of builds that were killed
+        path.unlink(missing_ok=True)
     _write_parquet(out / "index.parquet", records, INDEX_SCHEMA)
     manifest = {
         "format": FORMAT_VERSION,

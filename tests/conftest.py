@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # One thread: the networks here are tiny, and threads that wait for a busy core are slower than none. Before torch.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["DO_NOT_TRACK"] = "true"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.pop("MLFLOW_TRACKING_URI", None)
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit equality is promised on a CPU
+os.environ["PASNET_LOCKS"] = tempfile.mkdtemp(prefix="pasnet-tests-")  # a real training may be running here
 
 from pathlib import Path
 

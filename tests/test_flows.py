@@ -32,7 +32,7 @@ def run_flow(home: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProc
     env = {**os.environ, "PREFECT_HOME": str(home)}
     env.pop("PREFECT_API_URL", None)
     command = [sys.executable, "-m", "flows", "--preset", "tiny", *arguments]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=580)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=700)
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -40,6 +40,7 @@ def results_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_every_fusion_style_and_a_second_run(home: Path, videos: Path, tmp_path: Path) -> None:
     data = shutil.copytree(videos, tmp_path / "data")
     victim = sorted((data / "videos").rglob("*.avi"))[0]
@@ -89,6 +90,7 @@ def test_every_fusion_style_and_a_second_run(home: Path, videos: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_failed_training_leaves_the_others_alone(home: Path, videos: Path, tmp_path: Path) -> None:
     (tmp_path / "pose.pth").write_bytes(b"no checkpoint")  # read by the rows with a pose network, not by ECO
     arguments = ("--tables", "table-1", "--fusions", "A", "Conv(A,I)", "--pose-weights", "pose.pth")
@@ -102,18 +104,21 @@ def test_a_failed_training_leaves_the_others_alone(home: Path, videos: Path, tmp
         ("Conv(A,I)", "twice-finetune"): "failed",
     }
     assert "pose.pth: not readable" in by_row["Conv(A,I)", "conventional"]["reason"]
-    assert "33.33" in ran.stdout and "failed: " in ran.stdout  # the table is printed all the same
+    assert (
+        f"{by_row['A', 'eco']['top1']:.2f}" in ran.stdout and "failed: " in ran.stdout
+    )  # the table is printed all the same
     assert "failed: " in (tmp_path / "out" / "RESULTS.md").read_text()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_killed_study_goes_on_where_it_was(home: Path, videos: Path, tmp_path: Path) -> None:
     arguments = ("--data", str(videos), "--out", "out", "--fusions", "A", "--set", "optim.epochs=120")
     env = {**os.environ, "PREFECT_HOME": str(home)}
     command = [sys.executable, "-m", "flows", "--preset", "tiny", *arguments]
     with open(tmp_path / "log", "wb") as log:
         flow = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True)
-    wait_for(lambda: list(tmp_path.rglob("history.json")), "the first epoch", 120)
+    wait_for(lambda: list(tmp_path.rglob("history.json")), "the first epoch", 300)
     os.killpg(flow.pid, signal.SIGKILL)
     flow.wait()
     [history] = tmp_path.rglob("history.json")
@@ -153,9 +158,9 @@ def server(tmp_path: Path) -> Iterator[dict[str, str]]:
 
     try:
         start("server", "start", "--host", "127.0.0.1", "--port", str(port))
-        wait_for(lambda: prefect(env, "work-pool", "ls").returncode == 0, "the server", 150)
+        wait_for(lambda: prefect(env, "work-pool", "ls").returncode == 0, "the server", 240)
         start("worker", "start", "--pool", "local", "--type", "process")
-        wait_for(lambda: prefect(env, "work-pool", "inspect", "local").returncode == 0, "the worker's pool", 60)
+        wait_for(lambda: prefect(env, "work-pool", "inspect", "local").returncode == 0, "the worker's pool", 120)
         yield env
     finally:
         for process in reversed(started):  # the worker first: without a server it would wait
@@ -181,6 +186,7 @@ def wait_for(ready: Any, what: str, seconds: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_deployment_runs_through_a_server_and_a_worker(
     server: dict[str, str], videos: Path, tmp_path: Path
 ) -> None:

@@ -346,6 +346,8 @@ class TestFormat:
         victim.write_bytes(content)
         manifest = build(scan(*find_dataset(data)), tmp_path / "out")
         assert (manifest["failed"], manifest["decoded_with_errors"]) == (0, 1)
+        build(scan(*find_dataset(data)), tmp_path / "again")
+        assert digest_of(tmp_path / "again") == digest_of(tmp_path / "out")
 
     def test_other_settings_rebuild(self, videos: Path, shard_folder: Path, tmp_path: Path) -> None:
         copy = shutil.copytree(shard_folder, tmp_path / "copy")

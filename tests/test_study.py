@@ -197,6 +197,22 @@ def test_the_page_names_every_setting_that_is_not_the_papers(tmp_path: Path) -> 
         for job in made:
             finished(job.folder, 91.0)
         differs[name] = [record["differs"] for record in collect(study, BOTH[:1], made, {})]
-    assert differs["as in the paper"] == [[], []]
+    assert differs["as in the paper"] == [[], ["pose weights are not the published ones"]]
     other = ["model.width 0.5 instead of 1.0", "data.num_segments 4 instead of 8", "optim.epochs 1 instead of 40"]
-    assert differs["other"] == [other, other]
+    assert [[d for d in each if not d.startswith("pose")] for each in differs["other"]] == [other, other]
+
+
+def test_undecodable_videos_and_precision_are_named(tmp_path: Path) -> None:
+    of = replace(BOTH[0], failed=3)
+    study = Study(out=str(tmp_path), tables=("table-2",), fusions=("A",), overrides={"precision": "bf16"})
+    made = jobs(study, (of,))
+    finished(made[0].folder, 91.0)
+    [record] = collect(study, (of,), made, {})
+    assert record["differs"] == ["3 videos could not be decoded", "random start", "precision bf16 instead of fp32"]
+
+
+@pytest.mark.parametrize("overrides", [{"optim.batch": 12}, {"optim.epochs": 0}])
+def test_overrides_are_checked_at_the_sizes_they_will_meet(overrides: dict[str, int]) -> None:
+    with pytest.raises(ConfigError):
+        Study(preset="smoke", overrides=overrides)
+    assert Study(preset="smoke", overrides={"optim.batch": 24}).overrides

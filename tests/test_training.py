@@ -23,7 +23,7 @@ from pasnet.config import (
     replace,
 )
 from pasnet.data import ClipDataset, Loader, centre_crop, open_shards, train_crop
-from pasnet.evaluate import EvaluationError, Predictions, ensemble, metrics, predict
+from pasnet.evaluate import EvaluationError, Predictions, autocast, ensemble, metrics, predict
 from pasnet.models.pasnet import build
 from pasnet.train import TrainingError, evaluate_checkpoint, lr_scale_at, set_train_mode, train
 from pasnet.weights import WeightsError
@@ -290,6 +290,12 @@ class TestLoop:
 
 
 class TestEvaluation:
+    @pytest.mark.parametrize(("precision", "kind"), [("fp32", None), ("tf32", None), ("bf16", torch.bfloat16)])
+    def test_precisions(self, precision: str, kind: torch.dtype | None) -> None:
+        with autocast(torch.device("cpu"), precision):
+            product = torch.ones(2, 2) @ torch.ones(2, 2)
+        assert product.dtype == (kind or torch.float32)
+
     def test_checkpoint_gives_the_last_epochs_numbers(self, config: TrainConfig, tmp_path: Path) -> None:
         result = train(config, tmp_path)
         numbers = evaluate_checkpoint(tmp_path / "last.pt", Path(config.data.shards), tmp_path / "evaluation")
