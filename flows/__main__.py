@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pasnet.cli import call, overrides
 from pasnet.study import EMBEDDED, Study, check_datasets
@@ -68,19 +70,9 @@ def _run(arguments: argparse.Namespace) -> None:
     started, began = time.perf_counter(), time.time()
     seconds = {}
     try:
-        finished = pasnet(
-            data=list(study.data),
-            out=study.out,
-            preset=study.preset,
-            tables=list(study.tables),
-            fusions=list(study.fusions),
-            splits=list(study.splits),
-            seeds=list(study.seeds),
-            num_segments=study.num_segments,
-            eco_weights=study.eco_weights,
-            pose_weights=study.pose_weights,
-            overrides=dict(study.overrides),
-        )
+        # the flow's parameters are the study's fields, with lists for tuples
+        given = dataclasses.asdict(study).items()
+        finished: Any = pasnet(**{name: list(value) if isinstance(value, tuple) else value for name, value in given})
         seconds = finished["seconds"]
     finally:  # a study with a failed row has a table too
         written = study.root / "results.json"
