@@ -72,9 +72,8 @@ def _result(
     failed = [job.folder for job in members if job.folder in failures]
     if failed:
         return {**record, "status": "failed", "reason": f"{failures[failed[0]]} (logs in {failed[0]})"}
-    evaluations = [Path(job.folder) / "evaluation" / "metrics.json" for job in members]
     done = [json.loads((Path(job.folder) / "done.json").read_text("utf-8")) for job in members]
-    numbers = _ensemble_metrics(members) if len(members) > 1 else json.loads(evaluations[0].read_text("utf-8"))
+    numbers = _metrics(members)
     gap = None if row.paper_top1 is None else round(numbers["top1"] - row.paper_top1, 2)
     config, data = members[0].config, members[0].config.data
     parts = [("ECO", study.eco_weights)] + ([("pose", study.pose_weights)] if config.model.needs_pose else [])
@@ -95,7 +94,7 @@ def _result(
         "top1_high": numbers["top1_high"],
         "gap": gap,
         "best_on_test": done[0]["best_on_test"]["top1"] if len(done) == 1 else None,
-        "seconds": round(sum(of["seconds"] for of in done), 1),
+        "seconds": round(sum(each["seconds"] for each in done), 1),
         "device": done[0]["device"],
         "history": json.loads((Path(members[0].folder) / "history.json").read_text("utf-8"))
         if len(members) == 1
@@ -148,11 +147,15 @@ def _differences(row: Row, of: Shards, members: Sequence[Job], public_start: boo
     return list(dict.fromkeys(found))
 
 
-def _ensemble_metrics(members: Sequence[Job]) -> dict[str, float]:
+def _metrics(members: Sequence[Job]) -> dict[str, float]:
+    """The one network's own metrics, or those of an ensemble's averaged predictions."""
+    folders = [Path(job.folder) / "evaluation" for job in members]
+    if len(folders) == 1:
+        numbers: dict[str, float] = json.loads((folders[0] / "metrics.json").read_text("utf-8"))
+        return numbers
     from pasnet.evaluate import Predictions, ensemble, metrics
 
-    loaded = [Predictions.load(Path(job.folder) / "evaluation" / "predictions.parquet") for job in members]
-    return metrics(ensemble(loaded))
+    return metrics(ensemble([Predictions.load(folder / "predictions.parquet") for folder in folders]))
 
 
 def finish(

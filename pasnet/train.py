@@ -93,9 +93,8 @@ def train(config: TrainConfig, out: Path, on_epoch: Callable[[dict[str, Any]], N
             in_step = min(optim.batch, len(train_loader.rows) - seen // optim.batch * optim.batch)
             with autocast(device, config.precision):
                 logits = model(clips)
-                loss = (
-                    nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / in_step
-                )  # mean over the whole step
+                total = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+                loss = total / in_step  # the mean over the whole step, of which this is a part
             if not torch.isfinite(loss):
                 names = ", ".join(shards.keys[row] for row in batch.rows.tolist())
                 raise TrainingError(

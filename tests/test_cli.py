@@ -30,6 +30,10 @@ def test_training_needs_neither_prefect_nor_mlflow() -> None:
     assert heavy_imports("pasnet.train") & {"prefect", "mlflow", "webdataset"} == set()
 
 
+def assert_one_line(shown: str, message: str) -> None:
+    assert shown.startswith("error: ") and message in shown and shown.count("\n") == 1
+
+
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
@@ -94,8 +98,7 @@ def test_mistakes_get_one_line_and_exit_code_2(
     places = {"{shards}": str(shard_folder), "{empty}": str(tmp_path / "empty"), "{videos}": str(videos)}
     places["{broken}"] = str(tmp_path / "broken.json")
     assert main([places.get(argument, argument) for argument in arguments]) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("error: ") and message in shown and shown.count("\n") == 1
+    assert_one_line(capsys.readouterr().err, message)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +131,7 @@ def test_the_flow_refuses_before_it_starts(
     (tmp_path / "bare" / "videos").mkdir()
     places = {"{empty}": str(tmp_path / "empty"), "{novideos}": str(tmp_path / "bare")}
     assert flows_main([places.get(argument, argument) for argument in arguments]) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("error: ") and message in shown and shown.count("\n") == 1
+    assert_one_line(capsys.readouterr().err, message)
     assert not (tmp_path / "runs").exists()
 
 

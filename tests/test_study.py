@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pasnet.config import ConfigError
+from pasnet.evaluate import Predictions
 from pasnet.report import results_page, summary_table
 from pasnet.results import collect
 from pasnet.study import Shards, Study, check_datasets, dataset_for, jobs
@@ -216,3 +218,18 @@ def test_overrides_are_checked_at_the_sizes_they_will_meet(overrides: dict[str, 
     with pytest.raises(ConfigError):
         Study(preset="smoke", overrides=overrides)
     assert Study(preset="smoke", overrides={"optim.batch": 24}).overrides
+
+
+def test_an_ensemble_averages_its_members_predictions(tmp_path: Path) -> None:
+    study = Study(out=str(tmp_path), tables=("table-3",))
+    made = jobs(study, BOTH[:1])
+    members = [job for job in made if job.training.strategy == "twice-finetune"]
+    assert len(members) == 5
+    for index, job in enumerate(members):
+        finished(job.folder, 50.0)
+        sure = np.array([[0.9, 0.1], [0.3, 0.7] if index else [0.9, 0.1]])  # one of the five errs on the second
+        made_of = Predictions(keys=("a", "b"), labels=np.array([0, 1]), probabilities=sure, frames=np.zeros((2, 1)))
+        made_of.save(Path(job.folder) / "evaluation" / "predictions.parquet")
+    [record] = collect(study, BOTH[:1], made, {})
+    assert record["num_segments"] == "16,20,24,28,32"
+    assert record["top1"] == 100.0  # 0.42 to 0.58 on average; each member's own file says 50
