@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from prefect import task
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 
@@ -41,7 +41,7 @@ def index(dataset: Dataset, plans: tuple[ShardPlan, ...], folder: Path, settings
     finally:
         rows = shards.failures(folder)
         if rows:
-            shown = [{"video": row["video"], "reason": row["reason"]} for row in rows]
+            shown = [{**row, "detail": row["detail"][-500:]} for row in rows]  # the end of what ffmpeg said
             create_table_artifact(shown, key=f"failures-{dataset.name}", description="Videos that could not be decoded")
     return Shards.of(folder)
 
@@ -50,16 +50,20 @@ def prepare(study: Study, dataset: Dataset, workers: int) -> Shards:
     """All tasks of one dataset's shards, `workers` of them at a time."""
     settings = DecodeSettings()
     folder = study.root / "shards" / dataset.name
-    plans = shards.plan(dataset, settings)
     started = time.perf_counter()
-    packing: list[PrefectFuture[int]] = []
-    for number, plan in enumerate(plans):
-        if number >= workers:
-            packing[number - workers].wait()
-        packing.append(pack.submit(plan, folder, settings))
-    for future in packing:
-        future.result()  # a shard that could not be written at all (a full disk) ends the flow here
-    done = index(dataset, plans, folder, settings)
+    with shards.locked(folder):
+        plans = shards.plan(dataset, settings)
+        progress = create_progress_artifact(0.0, description=f"{dataset.name}: shards packed")
+        packing: list[PrefectFuture[int]] = []
+        for number, plan in enumerate(plans):
+            if number >= workers:
+                packing[number - workers].wait()
+                update_progress_artifact(progress, 100 * (number - workers + 1) / len(plans))
+            packing.append(pack.submit(plan, folder, settings))
+        for future in packing:
+            future.result()  # a shard that could not be written at all (a full disk) ends the flow here
+        done = index(dataset, plans, folder, settings)
+        update_progress_artifact(progress, 100.0)
     rate = done.videos / max(time.perf_counter() - started, 1e-9)
     print(
         f"  {done.dataset}: {done.videos} videos, {done.frames} frames, {done.failed} set aside, {rate:.1f} videos/s",

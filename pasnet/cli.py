@@ -23,7 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # GNU OpenMP's threads wait for each other by spinning. Where something else wants a core (a loader, another run)
     # that makes a small network six times slower; a short spin makes it two times. Must be set before torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["shards"]:  # a package of its own, with a command line of its own
+        from shards.cli import parser
+
+        arguments = parser("pasnet shards").parse_args(argv[1:])
+    else:
+        arguments = _parser().parse_args(argv)
     return call(arguments.run, arguments)
 
 
@@ -70,18 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--workers", type=int, default=2)
     synth.set_defaults(run=_synth)
 
-    shards = commands.add_parser("shards", help="videos to WebDataset shards").add_subparsers(
-        required=True, metavar="action"
-    )
-    build = shards.add_parser("build", help="decode videos, pack them, write the index; finished shards are skipped")
-    build.add_argument("--data", type=Path, help="dataset folder: videos/ and the official split lists beside it")
-    build.add_argument("--dataset", help="with --videos: ucf101, hmdb51, jhmdb or another name for the manifest")
-    build.add_argument("--videos", type=Path)
-    build.add_argument("--splits", type=Path)
-    build.add_argument("--out", type=Path, required=True)
-    build.add_argument("--workers", type=int, default=2)
-    build.add_argument("--videos-per-shard", type=int, default=64)
-    build.set_defaults(run=_shards_build)
+    commands.add_parser("shards", help="videos to WebDataset shards: fetch, build, verify, repair, inspect, stats")
 
     listing = commands.add_parser("list", help="the paper's rows: what is run and what the paper printed")
     listing.add_argument("--tables", nargs="*", default=[])
@@ -121,32 +116,6 @@ def _synth(arguments: argparse.Namespace) -> None:
 
     config = from_dict(SynthConfig, overrides(arguments.set))
     print(generate(arguments.out, config, ffmpeg=ffmpeg_exe(), workers=arguments.workers))
-
-
-def _shards_build(arguments: argparse.Namespace) -> None:
-    from rich.progress import Progress
-
-    from shards import build, find_dataset, scan
-
-    if arguments.data:
-        name, videos, splits = find_dataset(arguments.data)
-    elif arguments.videos and arguments.splits and arguments.dataset:
-        name, videos, splits = arguments.dataset, arguments.videos, arguments.splits
-    else:
-        raise ConfigError("give --data FOLDER, or --dataset NAME --videos FOLDER --splits FOLDER")
-    dataset = scan(name, videos, splits)
-    with Progress(disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("videos", total=len(dataset.videos))
-        manifest = build(
-            dataset,
-            arguments.out,
-            workers=arguments.workers,
-            videos_per_shard=arguments.videos_per_shard,
-            on_video=lambda video: progress.advance(task),
-        )
-    packed = f"{manifest['videos']} videos, {manifest['frames']} frames in {len(manifest['shards'])} shards"
-    failed, missing = manifest["failed"], manifest["listed_but_missing"]
-    print(f"{arguments.out}: {packed}; {failed} could not be decoded, {missing} listed ones are not on disk")
 
 
 def _list(arguments: argparse.Namespace) -> None:

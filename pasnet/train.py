@@ -48,8 +48,8 @@ def train(config: TrainConfig, out: Path, on_epoch: Callable[[dict[str, Any]], N
     if config.model.num_classes != len(shards.class_names):
         raise ConfigError(f"model.num_classes is {config.model.num_classes}, the shards have {len(shards.class_names)}")
     optim, micro = config.optim, min(config.optim.batch, config.optim.micro_batch)
-    train_loader = Loader(shards, config.data, subset="train", batch=micro, seed=config.seed)
-    test_loader = Loader(shards, config.data, subset="test", batch=micro, seed=config.seed)
+    train_loader = Loader(shards, config.data, subset="train", batch=micro, seed=config.seed, device=device)
+    test_loader = Loader(shards, config.data, subset="test", batch=micro, seed=config.seed, device=device)
 
     torch.manual_seed(config.seed)
     model = build(config.model)
@@ -149,7 +149,7 @@ def evaluate_checkpoint(checkpoint: Path, shards_folder: Path, out: Path) -> dic
     model, config = model_of(read_own_checkpoint(Path(checkpoint), None, shards))
     set_precision(config.precision)
     batch = min(config.optim.batch, config.optim.micro_batch)
-    loader = Loader(shards, config.data, subset="test", batch=batch, seed=config.seed)
+    loader = Loader(shards, config.data, subset="test", batch=batch, seed=config.seed, device=device)
     predictions = predict(model.to(device), loader, shards.keys, device, config.precision)
     numbers = metrics(predictions)
     out = Path(out)

@@ -1,4 +1,4 @@
-"""UCF-101, HMDB-51, J-HMDB and sets laid out like UCF-101: which videos there are, their labels and official splits.
+"""UCF-101, HMDB-51, J-HMDB, sets laid out like them, and plain folders: the videos, their labels and official splits.
 
 What earlier loaders got wrong, and is settled here: a class is the folder (UCF-101 files 128 clips named
 `v_HandStandPushups_*` under `HandstandPushups`); a label is the line in `classInd.txt` (a plain sort swaps two pairs of
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 Subset = Literal["train", "test"]
-VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg", ".mpeg")
+VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".m4v", ".flv", ".wmv", ".3gp", ".ts")
+FOLDER = "folder"  # the name of a set without lists: a class is a folder, and there are no splits
 
 # Official sizes: (videos, classes, {split: (train, test)}). Counted from the published lists.
 OFFICIAL_COUNTS = {
@@ -50,8 +51,10 @@ class Dataset:
     name: str
     class_names: tuple[str, ...]
     videos: tuple[Video, ...]
-    listed: int  # distinct videos that the official lists name
+    listed: int  # distinct videos that the official lists name; 0 without lists
     missing: tuple[str, ...]  # listed but not on disk
+    folder: Path  # where the class folders are
+    lists: Path | None  # where the split lists are
 
     @property
     def splits(self) -> tuple[int, ...]:
@@ -68,44 +71,67 @@ class Dataset:
         return sum(video.splits.get(split) == subset for video in self.videos)
 
 
-def find_dataset(root: Path) -> tuple[str, Path, Path]:
+def find_dataset(root: Path) -> tuple[str, Path, Path | None]:
     """(name, videos folder, splits folder) of a dataset folder, told apart by its split lists.
 
-    Raises DatasetError for a folder that holds none of the known layouts.
+    A folder of class folders without videos/ and lists is a set called "folder", with no splits folder. Raises
+    DatasetError for a folder that holds none of the known layouts.
     """
     root = Path(root)
     if not root.is_dir():
         raise DatasetError(f"{root}: no such folder; give the folder that holds videos/ and the official split lists")
     videos = root / "videos"
     if not videos.is_dir():
-        raise DatasetError(f"{root}: has no videos/ folder with one folder per class")
-    for splits in sorted(path for path in root.iterdir() if path.is_dir() and path != videos):
-        if (splits / "classInd.txt").is_file():
-            if (root / "synth.json").is_file():  # what pasnet/synth.py leaves beside its videos
-                return "synthetic", videos, splits
-            names = _read_class_index(splits / "classInd.txt")
-            official = len(names) == OFFICIAL_COUNTS["ucf101"][1] and "ApplyEyeMakeup" in names
-            return ("ucf101" if official else "ucf-layout"), videos, splits
-        lists = [entry.name for entry in os.scandir(splits) if entry.name.endswith("_test_split1.txt")]
-        if lists:
-            sizes = {OFFICIAL_COUNTS[name][1]: name for name in ("hmdb51", "jhmdb")}
-            official = "brush_hair_test_split1.txt" in lists
-            return sizes.get(len(lists), "hmdb-layout") if official else "hmdb-layout", videos, splits
-    raise DatasetError(
-        f"{root}: no split lists beside videos/; expected a folder with classInd.txt and trainlist01.txt (UCF-101), "
-        f"or with <class>_test_split1.txt (HMDB-51, J-HMDB)"
-    )
+        if _video_files(root):
+            return FOLDER, root, None
+        raise DatasetError(f"{root}: has no videos/ folder with one folder per class, and no class folders itself")
+    splits = find_splits(videos)
+    if splits is None:
+        raise DatasetError(
+            f"{root}: no split lists beside videos/; expected a folder with classInd.txt and trainlist01.txt "
+            f"(UCF-101), or with <class>_test_split1.txt (HMDB-51, J-HMDB); a set without lists is {videos} itself"
+        )
+    if (splits / "classInd.txt").is_file():
+        if (root / "synth.json").is_file():  # what pasnet/synth.py leaves beside its videos
+            return "synthetic", videos, splits
+        names = _read_class_index(splits / "classInd.txt")
+        official = len(names) == OFFICIAL_COUNTS["ucf101"][1] and "ApplyEyeMakeup" in names
+        return ("ucf101" if official else "ucf-layout"), videos, splits
+    lists = [entry.name for entry in os.scandir(splits) if entry.name.endswith("_test_split1.txt")]
+    sizes = {OFFICIAL_COUNTS[name][1]: name for name in ("hmdb51", "jhmdb")}
+    official = "brush_hair_test_split1.txt" in lists
+    return sizes.get(len(lists), "hmdb-layout") if official else "hmdb-layout", videos, splits
 
 
-def scan(name: str, videos: Path, splits: Path) -> Dataset:
+def find_splits(videos: Path) -> Path | None:
+    """The folder of split lists beside `videos`, or in the folder around it; None where there is none."""
+    around = Path(videos).absolute().parent
+    for folder in [*sorted(path for path in around.iterdir() if path.is_dir()), around]:
+        if (folder / "classInd.txt").is_file():
+            return folder
+        if any(entry.name.endswith("_test_split1.txt") for entry in os.scandir(folder)):
+            return folder
+    return None
+
+
+def scan(name: str, videos: Path, splits: Path | None = None) -> Dataset:
     """Reads the split lists and looks for their videos under `videos`/<class>/.
 
-    A video on disk that no list names is kept, in no split. Raises DatasetError when the lists are not those of the
-    dataset (counts), contradict each other, or name no video that is there.
+    A video on disk that no list names is kept, in no split. Without `splits` the lists beside `videos` are taken; a set
+    called "folder" needs none: its classes are the folders in alphabetical order. Raises DatasetError when the lists
+    are not there, are not those of the dataset (counts), contradict each other, or name no video that is there.
     """
-    videos, splits = Path(videos), Path(splits)
+    videos = Path(videos)
     if not videos.is_dir():
         raise DatasetError(f"{videos}: no such folder of videos")
+    if splits is None and name == FOLDER:
+        return _scan_class_folders(videos)
+    splits = Path(splits) if splits is not None else find_splits(videos)
+    if splits is None:
+        raise DatasetError(
+            f"{videos}: no split lists beside it; give the folder that holds them with --splits, fetch them with "
+            f"`pasnet shards fetch {name}`, or use --dataset {FOLDER} for videos without splits"
+        )
     if not splits.is_dir():
         raise DatasetError(f"{splits}: no such folder of split lists")
     read = _read_ucf_lists if (splits / "classInd.txt").is_file() else _read_hmdb_lists
@@ -126,32 +152,62 @@ def scan(name: str, videos: Path, splits: Path) -> Dataset:
         entry = (class_name, _comparable(path.stem))
         if entry in listed:
             on_lists.add(entry)
-        found.append(
-            Video(
-                key=f"{class_name}/{path.stem}".replace("%", "%25").replace(".", "%2E"),
-                path=path,
-                class_name=class_name,
-                label=label,
-                group=_group(class_name, path.stem),
-                splits=listed[entry][1] if entry in listed else {},
-            )
-        )
+        found.append(_video(path, class_name, label, listed[entry][1] if entry in listed else {}))
     missing = [f"{class_name}/{listed[class_name, stem][0]}" for class_name, stem in sorted(listed.keys() - on_lists)]
     if not on_lists:
         raise DatasetError(
             f"{videos}: holds none of the {len(listed)} videos that {splits} lists, such as {missing[0]}"
         )
-    keys = [video.key for video in found]
-    if len(set(keys)) != len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise DatasetError(f"{videos}: two files give the key {twice!r}; keep one of them")
     return Dataset(
         name=name,
         class_names=class_names,
-        videos=tuple(sorted(found, key=lambda video: video.key)),
+        videos=_in_key_order(found),
         listed=len(listed),
         missing=tuple(missing),
+        folder=videos,
+        lists=splits,
     )
+
+
+def _scan_class_folders(videos: Path) -> Dataset:
+    files = _scan_folder(videos)
+    class_names = tuple(sorted({folder for folder, _ in files}))
+    found = [_video(path, folder, class_names.index(folder), {}) for folder, path in files]
+    return Dataset(
+        name=FOLDER,
+        class_names=class_names,
+        videos=_in_key_order(found),
+        listed=0,
+        missing=(),
+        folder=videos,
+        lists=None,
+    )
+
+
+def _video(path: Path, class_name: str, label: int, splits: dict[int, Subset]) -> Video:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:  # bytes of another encoding, which neither JSON nor Parquet can hold
+        raise DatasetError(f"{os.fsencode(path)!r}: the name is not UTF-8; rename the file") from None
+    return Video(
+        key=f"{class_name}/{path.stem}".replace("%", "%25").replace(".", "%2E"),
+        path=path,
+        class_name=class_name,
+        label=label,
+        group=_group(class_name, path.stem),
+        splits=splits,
+    )
+
+
+def _in_key_order(found: list[Video]) -> tuple[Video, ...]:
+    by_key: dict[str, Video] = {}
+    for video in found:
+        if video.key in by_key:
+            raise DatasetError(
+                f"{video.path} and {by_key[video.key].path}: both give the key {video.key!r}; keep one of them"
+            )
+        by_key[video.key] = video
+    return tuple(by_key[key] for key in sorted(by_key))
 
 
 # (class, comparable stem) -> (file name as listed, {split: subset})
@@ -260,15 +316,19 @@ def _check_counts(name: str, splits: Path, class_names: tuple[str, ...], listed:
 
 
 def _scan_folder(videos: Path) -> list[tuple[str, Path]]:
+    found = _video_files(videos)
+    if not found:
+        raise DatasetError(f"{videos}: no video in it; expected <class>/<video>.avi")
+    return found
+
+
+def _video_files(videos: Path) -> list[tuple[str, Path]]:
     """(class folder, file) of every video, sorted. os.scandir, not glob: names of HMDB-51 hold brackets."""
     visible = (entry for entry in os.scandir(videos) if entry.is_dir() and not entry.name.startswith("."))
     folders = sorted(visible, key=lambda entry: entry.name)
-    found = [
+    return [
         (folder.name, Path(entry.path))
         for folder in folders
         for entry in sorted(os.scandir(folder.path), key=lambda entry: entry.name)
         if entry.name.lower().endswith(VIDEO_SUFFIXES) and not entry.name.startswith(".")
     ]
-    if not found:
-        raise DatasetError(f"{videos}: no video in it; expected <class>/<video>.avi")
-    return found

@@ -1,29 +1,28 @@
 """One video file -> every one of its frames once, as JPEG at a fixed size.
 
-ffmpeg scales in YUV and hands over planes; the planes go straight into the JPEG encoder. A detour through RGB costs
-more than the decoding itself (docs/performance.md) and gains nothing: JPEG stores YUV. ffmpeg is told never to drop or
-repeat a frame, and the frame count is what came out of the pipe, never what a container claims.
+Two decoders keep one contract. `ffmpeg` (decode_ffmpeg.py, the default) is a process per video, so that a file can
+crash nothing but its decoder; `pyav` (decode_pyav.py) is the same libraries inside this process, at a lower cost.
+Both scale in YUV and hand over planes, and the planes go straight into the JPEG encoder: a detour through RGB costs
+more than the decoding itself (docs/performance.md) and gains nothing, since JPEG stores YUV. Neither drops or repeats
+a frame, and the frame count is what came out of the decoder, never what a container claims.
 """
 
 from __future__ import annotations
 
-import functools
-import re
-import shutil
-import subprocess
-import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol
 
-import ffmpeg
 import numpy as np
 import simplejpeg
 
+Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
+DECODERS = ("ffmpeg", "pyav")
+
 
 class DecodeError(Exception):
-    """A video that gives no usable frames. `reason` is one line; `detail` is what ffmpeg said."""
+    """A video that gives no usable frames. `reason` is one line; `detail` is what the decoder said."""
 
     def __init__(self, video: Path, reason: str, detail: str = "") -> None:
         super().__init__(f"{video}: {reason}")
@@ -32,163 +31,113 @@ class DecodeError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeSettings:
-    """What decides the bytes of a frame. Recorded in the manifest; changing any of them rebuilds the shards."""
+    """What decides the bytes of a frame, recorded in the manifest: changing any of it rebuilds the shards.
+
+    The limits (timeout, max_mib, max_pixels) decide only which videos are set aside. Raises ValueError for settings
+    that make no sense.
+    """
 
     height: int = 256  # PAS-Net section IV-B, TSN's frame size; the aspect ratio of the source is not kept
     width: int = 340
-    scaler: str = "bicubic"
+    scaler: Literal["bicubic", "bilinear"] = "bicubic"  # libswscale's, the same for both decoders
     quality: int = 90  # JPEG; 4:2:0, the subsampling of the sources themselves
-    timeout: float = 900.0  # seconds for one video, after which its ffmpeg is killed
+    decoder: Literal["ffmpeg", "pyav"] = "ffmpeg"
+    frames_per_video: int = 0  # keep so many, evenly spread; 0 keeps all
+    timeout: float = 900.0  # seconds for one video
+    max_mib: int = 256  # of JPEGs for one video, which are held in memory: some eight minutes at 25 frames/s
+    max_pixels: int = 8192 * 4320  # of a source frame; a damaged header can ask for any size
 
     def __post_init__(self) -> None:
         if self.height < 16 or self.width < 16 or self.height % 2 or self.width % 2:
             raise ValueError(f"frame size must be even and at least 16, got {self.height}x{self.width}")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"JPEG quality must be 1 to 100, got {self.quality}")
+        if self.scaler not in ("bicubic", "bilinear"):
+            raise ValueError(f"unknown scaler {self.scaler!r} (one of: bicubic, bilinear)")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"unknown decoder {self.decoder!r} (one of: {', '.join(DECODERS)})")
+        if self.frames_per_video < 0:
+            raise ValueError(f"frames_per_video must be at least 1, or 0 for all, got {self.frames_per_video}")
+        if self.timeout <= 0 or self.max_mib < 1 or self.max_pixels < 1:
+            raise ValueError("timeout, max_mib and max_pixels must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceInfo:
-    """What ffmpeg says of the source's video stream."""
+    """What the decoder says of the source's video stream."""
 
     codec: str
     width: int
     height: int
-    fps: float
+    fps: float  # 0 where the container names none
     errors: str = ""  # what the decoder complained of in a video that it decoded all the same: it may be damaged
 
 
-@functools.cache
-def ffmpeg_exe() -> str:
-    """Path of the ffmpeg binary: PATH's own, else the one that the package imageio-ffmpeg carries."""
-    found = shutil.which("ffmpeg")
-    if found:
-        return found
-    import imageio_ffmpeg
-
-    return imageio_ffmpeg.get_ffmpeg_exe()
-
-
-@functools.cache
-def ffmpeg_version() -> str:
-    """First word after "version" in ffmpeg's banner, such as "5.1.9" or "9.0.2-static"."""
-    banner = subprocess.run([ffmpeg_exe(), "-version"], capture_output=True, text=True, timeout=60, check=True).stdout
-    return banner.split("version", 1)[1].split()[0]
-
-
-@functools.cache
-def passthrough() -> dict[str, str | int]:
-    """The option that means "every frame once": -fps_mode from ffmpeg 5.1 on, -vsync before."""
-    number = re.match(r"n?(\d+)\.(\d+)", ffmpeg_version())
-    old = number is not None and (int(number[1]), int(number[2])) < (5, 1)
-    return {"vsync": 0} if old else {"fps_mode": "passthrough"}
-
-
-def ffmpeg_command(video: Path, settings: DecodeSettings) -> list[str]:
-    """Argument list (never a shell string: 536 names of HMDB-51 hold shell characters) that writes planar YUV 4:2:0.
-
-    Full range and BT.601 are what JPEG (JFIF) means by YUV; most sources are limited range, so the scaler converts.
-    """
-    stream = ffmpeg.input(str(video.absolute()), threads=1, noautorotate=None).video
-    stream = stream.filter(
-        "scale", settings.width, settings.height, flags=settings.scaler, out_range="full", out_color_matrix="bt601"
-    ).filter("format", "yuv420p")
-    output = ffmpeg.output(stream, "pipe:", format="rawvideo", pix_fmt="yuv420p", **passthrough())
-    return output.global_args("-nostdin", "-hide_banner", "-loglevel", "level+info", "-nostats").compile(
-        cmd=ffmpeg_exe()
-    )
-
-
-def _source_info(words: str) -> SourceInfo | None:
-    """Reads ffmpeg's line about the first input video stream; imageio-ffmpeg carries no ffprobe to ask instead."""
-    line = re.search(r"Stream #0:\d+.*?: Video: (.*)", words)
-    if line is None:
-        return None
-    codec = re.match(r"\w+", line[1])
-    size = re.search(r"[ ,](\d{1,5})x(\d{1,5})\b", line[1])
-    rate = re.search(r"([\d.]+)(k?) (?:fps|tbr)", line[1])
-    if codec is None or size is None:
-        return None
-    fps = float(rate[1]) * (1000 if rate[2] else 1) if rate else 0.0
-    fault = re.compile(r"(\[[^]]*\] )*\[(error|fatal|panic)\]")
-    errors = [re.sub(r" @ 0x[0-9a-f]+", "", text.strip()) for text in words.splitlines() if fault.match(text)]
-    complaint = "" if not errors else errors[0] + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
-    return SourceInfo(codec=codec[0], width=int(size[1]), height=int(size[2]), fps=fps, errors=complaint)
-
-
-def _last_words(words: str) -> str:
-    """The line of ffmpeg's output most likely to name the fault."""
-    lines = [line.strip() for line in words.splitlines() if line.strip()]
-    fault = re.compile(r"invalid|error|corrupt|not found|could not|failed|denied", re.IGNORECASE)
-    faults = [line for line in lines if fault.search(line)]
-    return re.sub(r"\[\w+\] ?", "", (faults or lines or ["ffmpeg said nothing"])[-1], count=1)
-
-
-class VideoDecoder:
+class Decoder(Protocol):
     """Iterates over the frames of one video as planes (Y (H,W), U (H/2,W/2), V (H/2,W/2)), uint8, full range BT.601.
 
-    `info` is set once the iteration has ended. Raises DecodeError when the video gives no frame, when ffmpeg fails,
-    and when it takes longer than `settings.timeout` seconds.
+    `info` is set once the iteration has ended. Raises DecodeError when the video gives no frame, when the decoder
+    fails, and past `settings.timeout`. Planes are valid until the next one is asked for.
     """
 
-    def __init__(self, video: Path, settings: DecodeSettings) -> None:
-        self.video, self.settings = video, settings
-        self.info: SourceInfo | None = None
+    info: SourceInfo | None
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        if not self.video.is_file():
-            raise DecodeError(self.video, "no such file")
-        if self.video.stat().st_size == 0:
-            raise DecodeError(self.video, "the file is empty")
-        h, w = self.settings.height, self.settings.width
-        frame_bytes = h * w * 3 // 2
-        count, overran = 0, threading.Event()
-        with tempfile.TemporaryFile() as words_file:  # a pipe could fill up and block ffmpeg
-            process = subprocess.Popen(
-                ffmpeg_command(self.video, self.settings),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=words_file,
+    def __iter__(self) -> Iterator[Planes]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedVideo:
+    """JPEGs in order, how many frames the decoder gave, and what the source was."""
+
+    jpegs: list[bytes]
+    source_frames: int  # len(jpegs), unless settings.frames_per_video thins them out
+    source: SourceInfo
+
+
+def open_video(video: Path, settings: DecodeSettings) -> Decoder:
+    """The decoder that the settings ask for, at the start of `video`. Nothing is read yet."""
+    if settings.decoder == "pyav":
+        from shards.decode_pyav import PyAVDecoder  # here: imports what the other decoder does without
+
+        return PyAVDecoder(video, settings)
+    from shards.decode_ffmpeg import FFmpegDecoder
+
+    return FFmpegDecoder(video, settings)
+
+
+def decoder_version(decoder: str) -> str:
+    """What is recorded, and decides bytes: the version of the ffmpeg binary, or of PyAV and its libraries."""
+    if decoder == "pyav":
+        from shards.decode_pyav import pyav_version
+
+        return pyav_version()
+    from shards.decode_ffmpeg import ffmpeg_version
+
+    return ffmpeg_version()
+
+
+def decode_video(video: Path, settings: DecodeSettings) -> DecodedVideo:
+    """Every frame of `video` (or settings.frames_per_video of them) as a JPEG of settings.height x settings.width.
+
+    Raises DecodeError, also for a video whose JPEGs exceed settings.max_mib.
+    """
+    video = Path(video)
+    if not video.is_file():
+        raise DecodeError(video, "no such file")
+    if video.stat().st_size == 0:
+        raise DecodeError(video, "the file is empty")
+    decoder, size = open_video(video, settings), 0
+    jpegs: list[bytes] = []
+    for y, u, v in decoder:
+        jpeg = simplejpeg.encode_jpeg_yuv_planes(y, u, v, quality=settings.quality)
+        size += len(jpeg)
+        if size > settings.max_mib << 20:
+            raise DecodeError(
+                video, f"more than {settings.max_mib} MiB of JPEGs ({len(jpegs)} frames); cut it, or raise --max-mib"
             )
-
-            def stop() -> None:
-                overran.set()
-                process.kill()
-
-            watchdog = threading.Timer(self.settings.timeout, stop)
-            watchdog.start()
-            try:
-                assert process.stdout is not None
-                while len(raw := process.stdout.read(frame_bytes)) == frame_bytes:
-                    planes = np.frombuffer(raw, np.uint8)
-                    y, chroma = planes[: h * w].reshape(h, w), planes[h * w :].reshape(2, h // 2, w // 2)
-                    count += 1
-                    yield y, chroma[0], chroma[1]
-                code = process.wait()
-            finally:
-                watchdog.cancel()
-                process.kill()
-                process.wait()
-                assert process.stdout is not None
-                process.stdout.close()
-            words_file.seek(0)
-            words = words_file.read().decode("utf-8", "replace")
-        if overran.is_set():
-            raise DecodeError(self.video, f"took longer than {self.settings.timeout:g} s", words)
-        if code != 0 or count == 0 or raw:
-            found = f"after {count} frames: " if count else ""
-            raise DecodeError(self.video, found + _last_words(words), words)
-        self.info = _source_info(words)
-        if self.info is None:
-            raise DecodeError(self.video, "ffmpeg names no video stream", words)
-
-
-def decode_video(video: Path, settings: DecodeSettings) -> tuple[list[bytes], SourceInfo]:
-    """Every frame of `video` as a JPEG of settings.height x settings.width, and what the source was.
-
-    Raises DecodeError. The number of frames is the length of the list; all of them came from decoding.
-    """
-    decoder = VideoDecoder(video, settings)
-    jpegs = [simplejpeg.encode_jpeg_yuv_planes(y, u, v, quality=settings.quality) for y, u, v in decoder]
+        jpegs.append(jpeg)
     assert decoder.info is not None  # set when the iteration ends without an error
-    return jpegs, decoder.info
+    count, keep = len(jpegs), settings.frames_per_video
+    if 0 < keep < count:  # only now is the count known, and spreading evenly needs it; encoding all is the price
+        jpegs = [jpegs[(2 * i + 1) * count // (2 * keep)] for i in range(keep)]
+    return DecodedVideo(jpegs=jpegs, source_frames=count, source=decoder.info)

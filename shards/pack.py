@@ -1,8 +1,8 @@
 """Videos -> WebDataset tars with a Parquet index, one shard at a time (format: shards/README.md).
 
 `plan` assigns videos to shards, `build_shard` writes one shard, `finish` closes the folder with index, failures and
-manifest; `build` does all three. A shard's bytes depend on its videos, the settings and the ffmpeg build alone, not
-on the number of workers or on which finished first. A finished shard is found again by its digest and skipped.
+manifest; `build` does all three. A shard's bytes depend on its videos, the settings and the decoder's version alone,
+not on the number of workers or on which finished first. A finished shard is found again by its digest and skipped.
 """
 
 from __future__ import annotations
@@ -12,45 +12,26 @@ import itertools
 import json
 import math
 import os
+import shutil
 import tarfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.datasets import Dataset, DatasetError, Video
-from shards.decode import DecodeError, DecodeSettings, decode_video, ffmpeg_version
+from shards.decode import DecodeError, DecodeSettings, decode_video, decoder_version
+from shards.format import FAILURES_SCHEMA, FORMAT_VERSION, INDEX_SCHEMA
 
-FORMAT_VERSION = 1
-
-INDEX_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("video", pa.string()),  # <class folder>/<file>, as found on disk
-        ("class_name", pa.string()),
-        ("label", pa.int32()),
-        ("group", pa.string()),
-        ("split1", pa.string()),  # train, test, or null where the split does not use the video
-        ("split2", pa.string()),
-        ("split3", pa.string()),
-        ("shard", pa.string()),
-        ("offset", pa.int64()),  # of the JPEGs' first byte in the shard file
-        ("length", pa.int64()),
-        ("num_frames", pa.int32()),
-        ("frame_offsets", pa.list_(pa.int64())),  # num_frames + 1 numbers, relative to `offset`
-        ("fps", pa.float64()),
-        ("source_codec", pa.string()),
-        ("source_width", pa.int32()),
-        ("source_height", pa.int32()),
-        ("decode_errors", pa.string()),  # "" or what ffmpeg complained of while it decoded the video all the same
-        ("sha256", pa.string()),  # of the JPEGs end to end
-    ]
-)
-FAILURES_SCHEMA = pa.schema([("video", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+LIMITS = ("timeout", "max_mib", "max_pixels")  # of DecodeSettings: they decide no bytes of a video that passes
 
 
 class BuildError(Exception):
@@ -64,20 +45,64 @@ class ShardPlan:
     name: str  # shard-00003.tar
     videos: tuple[Video, ...]
     digest: str
+    limits: tuple[float, ...]  # with others, videos that were set aside are tried again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One video is done: what a progress bar counts. A video that failed has no frames and no bytes."""
+
+    video: Video
+    frames: int
+    bytes: int
+
+
+OnVideo = Callable[[Progress], None]
+
+
+def estimate_bytes(dataset: Dataset, settings: DecodeSettings, *, samples: int = 8) -> int:
+    """About how large the shards will be: some evenly spaced videos are decoded, the others scaled by file size.
+
+    The same for the same videos, settings and decoder, so that a plan made from it is too.
+    """
+    chosen = dataset.videos[:: max(1, len(dataset.videos) // samples)][:samples]
+    source = made = decoded = 0
+    for video in chosen:
+        try:
+            made += sum(map(len, decode_video(video.path, settings).jpegs))
+        except DecodeError:
+            continue  # it will be counted when its shard is built
+        source += _size(video.path)
+        decoded += 1
+    if not decoded:
+        return 0
+    if settings.frames_per_video:  # as many frames from a long video as from a short one
+        return made * len(dataset.videos) // decoded
+    return made * sum(_size(video.path) for video in dataset.videos) // source
 
 
 def plan(
-    dataset: Dataset, settings: DecodeSettings, *, videos_per_shard: int = 64, min_shards: int = 8
+    dataset: Dataset,
+    settings: DecodeSettings,
+    *,
+    num_shards: int | None = None,
+    shard_mib: int = 256,
+    min_shards: int = 16,
 ) -> tuple[ShardPlan, ...]:
     """Deals the videos, in class order, over the shards like cards, so that every shard holds every class.
 
-    64 UCF-101 videos are about 220 MB. At least `min_shards` shards (if there are as many videos), since a streaming
-    reader wants several per worker.
+    Without `num_shards`, shards of about `shard_mib` MiB (estimated), and at least `min_shards` of them, since a
+    streaming reader wants several per worker; never more shards than videos. Raises DatasetError for numbers below 1.
     """
-    if videos_per_shard < 1:
-        raise DatasetError(f"videos_per_shard must be at least 1, got {videos_per_shard}")
+    for name, value in (("num_shards", num_shards), ("shard_mib", shard_mib), ("min_shards", min_shards)):
+        if value is not None and value < 1:
+            raise DatasetError(f"{name} must be at least 1, got {value}")
     total = len(dataset.videos)
-    count = max(math.ceil(total / videos_per_shard), min(min_shards, total))
+    if num_shards is None:
+        enough = total <= min_shards  # then the estimate would change nothing
+        num_shards = min_shards if enough else math.ceil(estimate_bytes(dataset, settings) / (shard_mib << 20))
+        num_shards = max(num_shards, min_shards)
+    count = min(num_shards, total)
     in_class_order = sorted(dataset.videos, key=lambda video: (video.label, video.key))
     plans = []
     for index in range(count):
@@ -85,22 +110,47 @@ def plan(
         videos = sorted(in_class_order[index::count], key=lambda video: hashlib.sha256(video.key.encode()).digest())
         wanted = {
             "format": FORMAT_VERSION,
-            "settings": _identity(settings),
-            "ffmpeg": ffmpeg_version(),
-            "videos": [[v.key, v.path.stat().st_size, v.label, sorted(v.splits.items())] for v in videos],
+            "settings": identity(settings),
+            "decoder": decoder_version(settings.decoder),
+            "videos": [[v.key, _size(v.path), v.label, sorted(v.splits.items())] for v in videos],
         }
         digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
-        plans.append(ShardPlan(name=f"shard-{index:05d}.tar", videos=tuple(videos), digest=digest))
+        limits = tuple(float(getattr(settings, name)) for name in LIMITS)
+        plans.append(ShardPlan(name=f"shard-{index:05d}.tar", videos=tuple(videos), digest=digest, limits=limits))
     return tuple(plans)
 
 
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Holds the folder's lock, which the kernel drops when the process dies, however it dies.
+
+    Raises BuildError at once when another process (or thread) is building into or repairing `out`.
+    """
+    out = Path(out)
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(out / "parts" / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise BuildError(
+            f"{out}: another build or repair is writing there; wait for it, or choose another --out"
+        ) from None
+    try:
+        for path in out.glob("shard-*.tmp"):  # of builds that were killed: nobody else can be writing them now
+            path.unlink()
+        yield
+    finally:
+        lock.release()
+
+
 def build_shard(
-    shard: ShardPlan, out: Path, settings: DecodeSettings, on_video: Callable[[Video], None] | None = None
+    shard: ShardPlan, out: Path, settings: DecodeSettings, on_video: OnVideo | None = None
 ) -> dict[str, Any]:
     """Writes out/<name> and out/parts/<name>.json unless they are there already; returns what the part file says.
 
     A video that cannot be decoded goes into the part's `failures` with its reason, and the shard goes on without it.
     Both files are written under another name and renamed when complete, so that a killed build leaves no half shard.
+    The caller holds `locked(out)`. Raises BuildError when the disk is full.
     """
     out = Path(out)
     part_path = out / "parts" / f"{shard.name}.json"
@@ -108,19 +158,29 @@ def build_shard(
     if done is not None:
         return done
     part_path.parent.mkdir(parents=True, exist_ok=True)
-    tar_path = out / shard.name
-    scratch = out / f"{shard.name}.{os.getpid()}.tmp"  # two builds into one folder do not write into one file
-    records, failures = _write_tar(scratch, shard, settings, on_video)
-    _add_offsets(scratch, records)
-    with open(scratch, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    tar_path, scratch = out / shard.name, out / f"{shard.name}.tmp"
+    try:
+        records, failed = _write_tar(scratch, shard, settings, on_video)
+        _add_offsets(scratch, records)
+        with open(scratch, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())  # before the part file says that the tar is complete
+    except BaseException as error:
+        scratch.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno == 28:  # ENOSPC
+            raise BuildError(
+                f"{scratch}: the disk is full; make room and start again (finished shards are kept), or build smaller: "
+                f"--frames-per-video, --quality"
+            ) from error
+        raise
     part = {
         "plan": shard.digest,
+        "limits": shard.limits,
         "shard": shard.name,
         "bytes": scratch.stat().st_size,
         "sha256": digest,
         "records": records,
-        "failures": failures,
+        "failures": failed,
     }
     for name in ("manifest.json", "index.parquet"):  # they describe the old shard; `finish` writes them anew
         (out / name).unlink(missing_ok=True)
@@ -132,14 +192,16 @@ def build_shard(
 def finished_part(shard: ShardPlan, out: Path) -> dict[str, Any] | None:
     """The part file of a shard that is complete for this very plan, else None.
 
-    Compares the plan's digest and the tar's size; rehashing tens of gigabytes at every start would cost minutes.
+    Compares the plan's digest and the tar's size; rehashing tens of gigabytes at every start would cost minutes, and is
+    what `verify` is for.
     """
     part_path = Path(out) / "parts" / f"{shard.name}.json"
     try:
-        part = json.loads(part_path.read_text("utf-8"))
-        if part["plan"] == shard.digest and (Path(out) / shard.name).stat().st_size == part["bytes"]:
+        part: dict[str, Any] = json.loads(part_path.read_text("utf-8"))
+        same = part["plan"] == shard.digest and (Path(out) / shard.name).stat().st_size == part["bytes"]
+        if same and (not part["failures"] or tuple(part["limits"]) == shard.limits):
             return part
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass  # no part, a damaged one, or no tar: build it (again)
     return None
 
@@ -151,7 +213,7 @@ def finish(
 
     Shards of an earlier plan are removed, so that a reader of `shard-*.tar` sees each video once. Raises BuildError if
     a planned shard is not there, or if more than `max_failed` of the videos (a share, 0 to 1; one video is always
-    forgiven) could not be decoded: then the data, or the ffmpeg, is not what it should be.
+    forgiven) could not be decoded: then the data, or the decoder, is not what it should be.
     """
     out = Path(out)
     parts = []
@@ -161,45 +223,66 @@ def finish(
             raise BuildError(f"{out / shard.name}: not built, or not from these videos and settings; build it again")
         parts.append(part)
     records = sorted((record for part in parts for record in part["records"]), key=lambda record: record["key"])
-    failures = sorted((failure for part in parts for failure in part["failures"]), key=lambda row: row["video"])
-    _write_parquet(out / "failures.parquet", failures, FAILURES_SCHEMA)
+    failed = sorted((failure for part in parts for failure in part["failures"]), key=lambda row: row["video"])
+    write_parquet(out / "failures.parquet", failed, FAILURES_SCHEMA)
     total = len(dataset.videos)
-    if not records or len(failures) > max(1, max_failed * total):
-        first = failures[0]
+    if not records or len(failed) > max(1, max_failed * total):
+        first = failed[0]
         raise BuildError(
-            f"{len(failures)} of {total} videos could not be decoded (limit {max_failed:.1%}), such as "
+            f"{len(failed)} of {total} videos could not be decoded (limit {max_failed:.1%}), such as "
             f"{first['video']}: {first['reason']}; all of them are in {out / 'failures.parquet'}"
         )
     planned = {shard.name for shard in plans}
     for path in [*out.glob("shard-*.tar"), *(out / "parts").glob("shard-*.tar.json")]:
         if path.name.removesuffix(".json") not in planned:  # of an earlier build with other settings
             path.unlink()
-    for path in out.glob("shard-*.tmp"):  # of builds that were killed
-        path.unlink(missing_ok=True)
-    _write_parquet(out / "index.parquet", records, INDEX_SCHEMA)
+    decode = {**identity(settings), "version": decoder_version(settings.decoder), "subsampling": "4:2:0"}
+    write_parquet(out / "index.parquet", records, INDEX_SCHEMA, {"decode": json.dumps(decode)})
+    notes = {  # what `repair` needs; apart from the manifest, which says nothing of this machine
+        "dataset": dataset.name,
+        "videos": str(dataset.folder.absolute()),
+        "splits": str(dataset.lists.absolute()) if dataset.lists else None,
+        "settings": asdict(settings),
+        "num_shards": len(plans),
+        "max_failed": max_failed,
+    }
+    _write_json(out / "parts" / "build.json", notes)
     manifest = {
         "format": FORMAT_VERSION,
         "dataset": dataset.name,
         "class_names": dataset.class_names,
         "videos": len(records),
         "frames": sum(record["num_frames"] for record in records),
-        "failed": len(failures),
+        "failed": len(failed),
         "decoded_with_errors": sum(bool(record["decode_errors"]) for record in records),
         "listed_but_missing": len(dataset.missing),
-        "subsets": {
-            f"split{split}": {
-                subset: sum(record[f"split{split}"] == subset for record in records) for subset in ("train", "test")
-            }
-            for split in dataset.splits
-        },
-        "decode": {**_identity(settings), "decoder": "ffmpeg", "version": ffmpeg_version(), "subsampling": "4:2:0"},
-        "shards": [{key: part[key] for key in ("shard", "bytes", "sha256")} for part in parts],
+        "subsets": subset_counts(records),
+        "decode": decode,
+        "shards": [
+            {**{key: part[key] for key in ("shard", "bytes", "sha256")}, "videos": len(part["records"])}
+            for part in parts
+        ],
+        "digest": content_digest(records),
     }
-    # what a model can see: frames and labels; not the counts of what is missing, nor this code's wording
-    content = [[record["key"], record["label"], record["sha256"], *_splits_of(record)] for record in records]
-    manifest["digest"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     _write_json(out / "manifest.json", manifest)
     return manifest
+
+
+def content_digest(records: Sequence[dict[str, Any]]) -> str:
+    """sha256 over what a model can see, frames, labels and splits; not over how they are packed."""
+    content = [[record["key"], record["label"], record["sha256"], *_splits_of(record)] for record in records]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def subset_counts(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """{"split1": {"train": 9537, "test": 3783}, ...} for the splits that have a video."""
+    counts = {
+        f"split{split}": {
+            subset: sum(record[f"split{split}"] == subset for record in records) for subset in ("train", "test")
+        }
+        for split in (1, 2, 3)
+    }
+    return {split: of for split, of in counts.items() if any(of.values())}
 
 
 def build(
@@ -208,39 +291,93 @@ def build(
     settings: DecodeSettings | None = None,
     *,
     workers: int = 2,
-    videos_per_shard: int = 64,
+    num_shards: int | None = None,
+    shard_mib: int = 256,
     max_failed: float = 0.01,
-    on_video: Callable[[Video], None] | None = None,
+    on_video: OnVideo | None = None,
 ) -> dict[str, Any]:
-    """plan + build_shard for each + finish. Threads suffice: ffmpeg is a process and the JPEG encoder drops the GIL."""
+    """plan + build_shard for each + finish, with the folder locked; returns the manifest.
+
+    Threads suffice: ffmpeg is a process, and PyAV and the JPEG encoder drop the GIL. An error or Ctrl-C stops every
+    worker at its next video. Raises BuildError (see `finish`, `locked`; also when the disk is too small by estimate).
+    """
     if workers < 1:
         raise DatasetError(f"workers must be at least 1, got {workers}")
-    settings = settings or DecodeSettings()
-    plans = plan(dataset, settings, videos_per_shard=videos_per_shard)
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda shard: build_shard(shard, out, settings, on_video), plans))
-    return finish(dataset, plans, out, settings, max_failed=max_failed)
+    if not 0 <= max_failed <= 1:
+        raise DatasetError(f"max_failed is a share, 0 to 1, got {max_failed}")
+    settings, stopped = settings or DecodeSettings(), threading.Event()
+
+    def seen(progress: Progress) -> None:
+        if stopped.is_set():
+            raise BuildError("stopped")  # never seen: the first error, or Ctrl-C, is what is raised
+        if on_video:
+            on_video(progress)
+
+    def work(shard: ShardPlan) -> None:  # returns nothing: 13,320 videos' offsets need not wait in memory
+        build_shard(shard, out, settings, seen)
+
+    with locked(out):
+        plans = plan(dataset, settings, num_shards=num_shards, shard_mib=shard_mib)
+        todo = [shard for shard in plans if not _report_finished(shard, out, on_video)]
+        _check_space(dataset, settings, out, len(todo) / len(plans))
+        with ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(work, shard) for shard in todo]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+                for future in futures:
+                    if future.done():
+                        future.result()
+            except BaseException:
+                stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return finish(dataset, plans, out, settings, max_failed=max_failed)
+
+
+def _report_finished(shard: ShardPlan, out: Path, on_video: OnVideo | None) -> bool:
+    part = finished_part(shard, out)
+    if part is not None and on_video:
+        for video in shard.videos:
+            on_video(Progress(video=video, frames=0, bytes=0))
+    return part is not None
+
+
+def _check_space(dataset: Dataset, settings: DecodeSettings, out: Path, share: float) -> None:
+    """Raises BuildError before hours of work for which the disk has no room; `share` is what is still to be built."""
+    free, source = shutil.disk_usage(out).free, sum(_size(video.path) for video in dataset.videos)
+    if share == 0 or free > 20 * source:  # JPEGs take 6 to 8 times the room of UCF-101's and HMDB-51's videos
+        return
+    needed = int(estimate_bytes(dataset, settings) * share)
+    if needed > free:
+        raise BuildError(
+            f"{out}: needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; choose another --out, or "
+            f"build smaller: --frames-per-video, --quality"
+        )
 
 
 def _write_tar(
-    path: Path, shard: ShardPlan, settings: DecodeSettings, on_video: Callable[[Video], None] | None
+    path: Path, shard: ShardPlan, settings: DecodeSettings, on_video: OnVideo | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     from webdataset import TarWriter  # here, not above: importing it takes a second
 
     records: list[dict[str, Any]] = []
-    failures: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
     # PAX rather than USTAR: a long name gets a header of its own instead of an error. Fixed mtime: fixed bytes.
     with open(path, "wb") as file, TarWriter(file, mtime=0, format="PAX_FORMAT") as tar:
         for video in shard.videos:
             name = f"{video.path.parent.name}/{video.path.name}"
             try:
-                jpegs, source = decode_video(video.path, settings)
+                decoded = decode_video(video.path, settings)
             except DecodeError as error:
-                failures.append({"video": name, "reason": error.reason, "detail": error.detail})
+                # where the videos lie is no part of the reason: the same failure gives the same bytes elsewhere
+                reason, detail = (
+                    words.replace(str(video.path.absolute()), name) for words in (error.reason, error.detail)
+                )
+                failed.append({"video": name, "reason": reason, "detail": detail})
                 if on_video:
-                    on_video(video)
+                    on_video(Progress(video=video, frames=0, bytes=0))
                 continue
-            frames = b"".join(jpegs)
+            frames, sizes = b"".join(decoded.jpegs), [len(jpeg) for jpeg in decoded.jpegs]
             record = {
                 "key": video.key,
                 "video": name,
@@ -248,21 +385,23 @@ def _write_tar(
                 "label": video.label,
                 "group": video.group,
                 **{f"split{split}": video.splits.get(split) for split in (1, 2, 3)},
-                "num_frames": len(jpegs),
-                "fps": source.fps,
-                "source_codec": source.codec,
-                "source_width": source.width,
-                "source_height": source.height,
-                "decode_errors": source.errors,
+                "num_frames": len(sizes),
+                "fps": decoded.source.fps,
+                "source_codec": decoded.source.codec,
+                "source_width": decoded.source.width,
+                "source_height": decoded.source.height,
+                "source_frames": decoded.source_frames,
+                "source_bytes": _size(video.path),
+                "decode_errors": decoded.source.errors,
                 "sha256": hashlib.sha256(frames).hexdigest(),
+                "frame_crc32": [zlib.crc32(jpeg) for jpeg in decoded.jpegs],
             }
-            sizes = [len(jpeg) for jpeg in jpegs]
             meta = {**record, "height": settings.height, "width": settings.width, "frame_sizes": sizes}
             tar.write({"__key__": video.key, "json": json.dumps(meta).encode(), "mjpeg": frames})
             records.append({**record, "shard": shard.name, "frame_offsets": [0, *itertools.accumulate(sizes)]})
             if on_video:
-                on_video(video)
-    return records, failures
+                on_video(Progress(video=video, frames=len(sizes), bytes=len(frames)))
+    return records, failed
 
 
 def _add_offsets(path: Path, records: list[dict[str, Any]]) -> None:
@@ -274,18 +413,28 @@ def _add_offsets(path: Path, records: list[dict[str, Any]]) -> None:
         record["offset"], record["length"] = member.offset_data, member.size
 
 
-def _identity(settings: DecodeSettings) -> dict[str, Any]:
-    """The settings that decide bytes: not the time limit."""
-    return {key: value for key, value in asdict(settings).items() if key != "timeout"}
+def identity(settings: DecodeSettings) -> dict[str, Any]:
+    """The settings that decide bytes: not the limits."""
+    return {key: value for key, value in asdict(settings).items() if key not in LIMITS}
 
 
 def _splits_of(record: dict[str, Any]) -> list[str | None]:
     return [record[f"split{split}"] for split in (1, 2, 3)]
 
 
-def _write_parquet(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DatasetError(f"{path}: {error.strerror}; the videos changed while they were being read") from error
+
+
+def write_parquet(
+    path: Path, rows: list[dict[str, Any]], schema: pa.Schema, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes under another name and renames. `metadata` goes into the file's key-value metadata."""
     scratch = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), scratch, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema.with_metadata(metadata)), scratch, compression="zstd")
     os.replace(scratch, path)
 
 

@@ -1,7 +1,7 @@
-"""Clips out of shards: any K frames of any video by random access, or whole shards as a stream.
+"""Frames out of shards by random access: any K frames of any video cost K reads, and nothing else is read.
 
-`open_shards` needs numpy, pyarrow and simplejpeg alone: the index says where each JPEG lies, so that K frames cost K
-reads and nothing else. `stream` is plain WebDataset, for shards behind a URL or for code that already speaks it.
+`open_shards` needs numpy, pyarrow, simplejpeg, PyAV and OpenCV: the index says where each JPEG lies. Clips for training
+are in clips.py, whole shards as a stream in stream.py.
 """
 
 from __future__ import annotations
@@ -9,24 +9,44 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+import threading
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import simplejpeg
+
+from shards.format import FORMAT_VERSION
+
+Colour = Literal["rgb", "yuv"]
 
 
 class ShardError(ValueError):
     """A shard folder, or one video in it, that cannot be read; the message names it and says what to do."""
 
 
+class View(NamedTuple):
+    """What part of the frames a clip shows: a rectangle in pixels, and whether it is mirrored left to right.
+
+    All four numbers are rounded down to even ones, since colour has half the resolution of brightness.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool = False
+
+
 class ShardSet:
     """The videos of a shard folder, in key order; row numbers 0..len-1 name them.
 
     `manifest` is manifest.json; `keys`, `labels` (int32), `num_frames` (int32) and `groups` are columns of the index.
-    Safe to use from forked or spawned workers: files are opened per process, at the first read.
+    Safe to use from threads and from forked or spawned workers: files are opened per process, at the first read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,18 +55,31 @@ class ShardSet:
         if missing:
             raise ShardError(f"{self.folder}: not a finished shard folder, no {missing[0]}; run `pasnet shards build`")
         self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text("utf-8"))
+        if self.manifest["format"] > FORMAT_VERSION:
+            raise ShardError(
+                f"{self.folder}: format {self.manifest['format']}, this version reads up to {FORMAT_VERSION}; update it"
+            )
         table = pq.read_table(self.folder / "index.parquet").combine_chunks()
         self.keys: list[str] = table["key"].to_pylist()
         self.groups: list[str] = table["group"].to_pylist()
         self.labels = table["label"].to_numpy()
         self.num_frames = table["num_frames"].to_numpy()
-        self._splits = {split: np.array(table[f"split{split}"].to_pylist(), dtype=object) for split in (1, 2, 3)}
-        self._shards: list[str] = table["shard"].to_pylist()
+        self._subsets = {
+            (split, subset): pc.equal(table[f"split{split}"], subset).fill_null(False).to_numpy()
+            for split in (1, 2, 3)
+            for subset in ("train", "test")
+        }
+        shards = table["shard"].chunk(0).dictionary_encode()
+        self._shard_names: list[str] = shards.dictionary.to_pylist()
+        self._shard_of = shards.indices.to_numpy()
         self._offsets = table["offset"].to_numpy()
         frame_offsets = table["frame_offsets"].chunk(0)
         self._frame_offsets = frame_offsets.values.to_numpy()  # all videos end to end; no Python object per frame
         self._first = frame_offsets.offsets.to_numpy()
+        has_crc = "frame_crc32" in table.column_names
+        self._crc32 = table["frame_crc32"].chunk(0).values.to_numpy() if has_crc else None
         self._files: dict[tuple[int, str], int] = {}
+        self._local = threading.local()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -59,46 +92,87 @@ class ShardSet:
     @property
     def digest(self) -> str:
         """sha256 over every video's key, label, splits and frames: the identity of the data."""
-        return self.manifest["digest"]
+        return str(self.manifest["digest"])
 
-    def select(self, split: int, subset: str) -> np.ndarray:
-        """Row numbers of a subset ("train" or "test") of an official split. Raises ShardError when there are none."""
-        if split not in self._splits:
-            raise ShardError(f"split {split} does not exist; {self.manifest['dataset']} has splits {self.splits}")
-        rows = np.flatnonzero(self._splits[split] == subset)
-        if not len(rows):
-            raise ShardError(f"{self.folder}: no {subset} video in split {split}; it has splits {self.splits}")
-        return rows
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """(height, width) of every stored frame."""
+        return self.manifest["decode"]["height"], self.manifest["decode"]["width"]
 
     @property
     def splits(self) -> tuple[int, ...]:
         """Split numbers that have videos in both subsets."""
-        return tuple(s for s, of in self._splits.items() if (of == "train").any() and (of == "test").any())
+        return tuple(s for s in (1, 2, 3) if self._subsets[s, "train"].any() and self._subsets[s, "test"].any())
+
+    def select(self, split: int, subset: str) -> np.ndarray:
+        """Row numbers of a subset ("train" or "test") of an official split. Raises ShardError when there are none."""
+        if split not in (1, 2, 3):
+            raise ShardError(f"split {split} does not exist; {self.manifest['dataset']} has splits {self.splits}")
+        if subset not in ("train", "test"):
+            raise ShardError(f"unknown subset {subset!r} (one of: train, test)")
+        rows = np.flatnonzero(self._subsets[split, subset])
+        if not len(rows):
+            raise ShardError(f"{self.folder}: no {subset} video in split {split}; it has splits {self.splits}")
+        return rows
 
     def read_jpegs(self, row: int, indices: Sequence[int] | np.ndarray) -> list[bytes]:
-        """The JPEGs of some frames of one video, one read for each; a frame asked for twice is read once."""
-        n = int(self.num_frames[row])
-        offsets = self._frame_offsets[self._first[row] : self._first[row] + n + 1]
-        file = self._open(self._shards[row])
+        """The JPEGs of some frames of one video, one read for each; a frame asked for twice is read once.
+
+        Raises IndexError for a frame that the video does not have, ShardError when the file is not there or the bytes
+        are not those that were written.
+        """
+        n, first = int(self.num_frames[row]), int(self._first[row])
+        shard = self._shard_names[self._shard_of[row]]
+        file = self._open(shard)
         found: dict[int, bytes] = {}
-        for index in indices:
+        for index in map(int, indices):
             if not 0 <= index < n:
                 raise IndexError(f"{self.keys[row]}: frame {index} asked for, it has frames 0 to {n - 1}")
             if index not in found:
-                size = int(offsets[index + 1] - offsets[index])
-                found[index] = os.pread(file, size, int(self._offsets[row] + offsets[index]))
-        return [found[index] for index in indices]
+                start, end = self._frame_offsets[first + index : first + index + 2].tolist()
+                jpeg = os.pread(file, end - start, int(self._offsets[row]) + start)
+                # frame_offsets holds one number more than there are frames, for each video before this one
+                if len(jpeg) != end - start or (
+                    self._crc32 is not None and zlib.crc32(jpeg) != self._crc32[first - row + index]
+                ):
+                    raise ShardError(
+                        f"{self.folder / shard}: frame {index} of {self.keys[row]} is damaged; "
+                        f"run `pasnet shards repair {self.folder}`"
+                    )
+                found[index] = jpeg
+        return [found[int(index)] for index in indices]
 
     def read_frames(self, row: int, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """RGB frames, uint8, shape (len(indices), height, width, 3). Raises ShardError for damaged data."""
+        """Whole RGB frames, uint8, shape (len(indices), height, width, 3). Errors as for `read_jpegs`."""
+        return np.stack([simplejpeg.decode_jpeg(jpeg) for jpeg in self.read_jpegs(row, indices)])
+
+    def read_clip(
+        self,
+        row: int,
+        indices: Sequence[int] | np.ndarray,
+        view: View,
+        size: tuple[int, int],
+        *,
+        colour: Colour = "rgb",
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Frames cropped to `view` and resized to `size` = (height, width), uint8, into `out` if given.
+
+        Bilinear, or the mean over the area where it shrinks to two thirds and less.
+
+        colour "rgb": shape (K, 3, height, width). "yuv": shape (K, height * width * 3 // 2), per frame the planes
+        Y (height, width), U and V (height / 2, width / 2) end to end, full range BT.601 as in JPEG: half the bytes, and
+        the device that the clip goes to can do the conversion. Raises ValueError for a view outside the frame or an odd
+        size; otherwise as for `read_jpegs`.
+        """
         jpegs = self.read_jpegs(row, indices)
-        try:
-            return np.stack([simplejpeg.decode_jpeg(jpeg) for jpeg in jpegs])
-        except ValueError as error:
-            raise ShardError(
-                f"{self.folder / self._shards[row]}: frames of {self.keys[row]} are damaged ({error}); "
-                f"delete that file and run `pasnet shards build` again"
-            ) from error
+        if out is None:
+            out = np.empty(clip_shape(len(jpegs), size, colour), np.uint8)
+        decoder = getattr(self._local, "decoder", None)
+        if decoder is None:
+            decoder = self._local.decoder = _ClipDecoder()
+        decoder.decode(jpegs, view, size, colour, out)
+        return out
 
     def _open(self, shard: str) -> int:
         place = (os.getpid(), shard)
@@ -106,11 +180,16 @@ class ShardSet:
             try:
                 self._files[place] = os.open(self.folder / shard, os.O_RDONLY)
             except OSError as error:
-                raise ShardError(f"{self.folder / shard}: {error.strerror}; run `pasnet shards build` again") from error
+                raise ShardError(
+                    f"{self.folder / shard}: {error.strerror}; run `pasnet shards repair {self.folder}`"
+                ) from error
         return self._files[place]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+        return {**self.__dict__, "_files": {}, "_local": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _local=threading.local())
 
 
 def open_shards(folder: Path) -> ShardSet:
@@ -118,24 +197,90 @@ def open_shards(folder: Path) -> ShardSet:
     return ShardSet(folder)
 
 
+def clip_shape(num_frames: int, size: tuple[int, int], colour: Colour) -> tuple[int, ...]:
+    """Shape of what `read_clip` returns."""
+    height, width = size
+    if height < 2 or width < 2 or height % 2 or width % 2:
+        raise ValueError(f"clip size must be even and at least 2, got {height}x{width}")
+    if colour not in ("rgb", "yuv"):
+        raise ValueError(f"unknown colour {colour!r} (one of: rgb, yuv)")
+    return (num_frames, 3, height, width) if colour == "rgb" else (num_frames, height * width * 3 // 2)
+
+
+class _ClipDecoder:
+    """JPEGs -> planes -> crop and resize of each plane. One per thread: the codec's context is not to be shared.
+
+    libavcodec hands over a JPEG's planes as they are stored; libjpeg's wrappers convert to RGB first, at full size, for
+    a third of the whole cost (docs/performance.md).
+    """
+
+    def __init__(self) -> None:
+        import av
+        import cv2
+
+        self._av, self._cv2 = av, cv2
+        context = av.CodecContext.create("mjpeg", "r")
+        assert isinstance(context, av.VideoCodecContext)
+        context.thread_count = 1
+        self._context = context
+
+    def decode(
+        self, jpegs: Sequence[bytes], view: View, size: tuple[int, int], colour: Colour, out: np.ndarray
+    ) -> None:
+        if out.shape != clip_shape(len(jpegs), size, colour) or out.dtype != np.uint8:
+            raise ValueError(f"out must be uint8 of shape {clip_shape(len(jpegs), size, colour)}, got {out.shape}")
+        done: dict[int, int] = {}  # a short video's repeated frames are the same bytes objects
+        for number, jpeg in enumerate(jpegs):
+            if id(jpeg) in done:
+                out[number] = out[done[id(jpeg)]]
+                continue
+            done[id(jpeg)] = number
+            planes = [_cut(plane, view, half) for plane, half in zip(self._planes(jpeg), (1, 2, 2), strict=True)]
+            (self._to_yuv if colour == "yuv" else self._to_rgb)(planes, size, view.flip, out[number])
+
+    def _planes(self, jpeg: bytes) -> list[np.ndarray]:
+        [frame] = self._context.decode(self._av.Packet(jpeg))
+        if frame.format.name != "yuvj420p":
+            raise ValueError(f"expected JPEGs in 4:2:0, found {frame.format.name}")
+        return [
+            np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+            for plane in frame.planes
+        ]
+
+    def _to_yuv(self, planes: list[np.ndarray], size: tuple[int, int], flip: bool, out: np.ndarray) -> None:
+        height, width = size
+        ends = np.cumsum([0, height * width, height * width // 4, height * width // 4])
+        for plane, (start, end), half in zip(planes, itertools.pairwise(ends), (1, 2, 2), strict=True):
+            target = out[start:end].reshape(height // half, width // half)
+            self._resize(plane, (height // half, width // half), target)
+            if flip:
+                self._cv2.flip(target, 1, dst=target)
+
+    def _resize(self, plane: np.ndarray, size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
+        height, width = size
+        # bilinear skips pixels where it shrinks by much; the mean over the area does not
+        shrinks = plane.shape[0] >= 1.5 * height and plane.shape[1] >= 1.5 * width
+        how = self._cv2.INTER_AREA if shrinks else self._cv2.INTER_LINEAR
+        resized: np.ndarray = self._cv2.resize(plane, (width, height), dst=out, interpolation=how)
+        return resized
+
+    def _to_rgb(self, planes: list[np.ndarray], size: tuple[int, int], flip: bool, out: np.ndarray) -> None:
+        y, u, v = (self._resize(plane, size) for plane in planes)
+        rgb = self._cv2.cvtColor(self._cv2.merge((y, v, u)), self._cv2.COLOR_YCrCb2RGB)  # full range BT.601: JFIF
+        self._cv2.split(self._cv2.flip(rgb, 1) if flip else rgb, [out[0], out[1], out[2]])
+
+
+def _cut(plane: np.ndarray, view: View, half: int) -> np.ndarray:
+    """The view's rectangle of a plane that has 1/half of the frame's resolution."""
+    top, left, height, width = (number // 2 * 2 // half for number in view[:4])
+    if top < 0 or left < 0 or height < 1 or width < 1 or top + height > plane.shape[0] or left + width > plane.shape[1]:
+        raise ValueError(f"{view} does not fit into frames of {plane.shape[0] * half}x{plane.shape[1] * half}")
+    return plane[top : top + height, left : left + width]
+
+
 def split_frames(sample: dict[str, Any]) -> list[bytes]:
     """The JPEGs of a sample as plain WebDataset or Hugging Face datasets yields it (fields `json` and `mjpeg`)."""
     meta = sample["json"] if isinstance(sample["json"], dict) else json.loads(sample["json"])
-    ends = np.cumsum([0, *meta["frame_sizes"]])
+    ends = itertools.accumulate(meta["frame_sizes"], initial=0)
     frames: bytes = sample["mjpeg"]
     return [frames[start:end] for start, end in itertools.pairwise(ends)]
-
-
-def stream(urls: str | Sequence[str], choose: Callable[[int], Iterable[int]], *, shuffle: int = 0) -> Any:
-    """A webdataset pipeline of {"key", "label", "frames" (K,H,W,3) uint8}; `choose` gets a video's frame count.
-
-    `urls` are what webdataset takes (paths, brace patterns, pipes). Only the chosen frames are decoded.
-    """
-    import webdataset
-
-    def clip(sample: dict[str, Any]) -> dict[str, Any]:
-        meta, jpegs = json.loads(sample["json"]), split_frames(sample)
-        frames = np.stack([simplejpeg.decode_jpeg(jpegs[index]) for index in choose(len(jpegs))])
-        return {"key": meta["key"], "label": meta["label"], "frames": frames}
-
-    return webdataset.WebDataset(urls, shardshuffle=False).shuffle(shuffle).map(clip)

@@ -36,7 +36,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory, ffmpeg: str) -> Path:
 @pytest.fixture(scope="session")
 def shard_folder(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shards")
-    build(scan(*find_dataset(videos)), out, videos_per_shard=4)
+    build(scan(*find_dataset(videos)), out, num_shards=8)
     return out
 
 

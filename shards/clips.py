@@ -1,0 +1,139 @@
+"""Clips for training and testing: a map-style dataset over the index, and the order in which to visit it.
+
+Everything random about a clip is a function of (seed, epoch, key), and the order a function of (seed, epoch, rank):
+the clips are the same for any number of loader workers, for random access and for streaming, and a run resumed in the
+middle of an epoch sees what an uninterrupted one would have seen. numpy only: PyTorch's DataLoader takes `Clips` as a
+dataset and `Batches` as its batch_sampler, and other loaders can as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from shards.read import Colour, ShardError, ShardSet, View
+
+
+class Sample(Protocol):
+    """Which frames: `segment_indices` and its like, with all but the number of frames filled in."""
+
+    def __call__(self, num_frames: int, /, *, rng: np.random.Generator | None) -> np.ndarray:
+        """Indices int64 (K,); without a generator those of the test clip."""
+        ...
+
+
+class Look(Protocol):
+    """Which part of them, for frames of height x width."""
+
+    def __call__(self, height: int, width: int, /, *, rng: np.random.Generator | None) -> View:
+        """A view inside the frame; without a generator that of the test clip."""
+        ...
+
+
+class Clip(NamedTuple):
+    """`frames` uint8 as `ShardSet.read_clip` returns them; `label` from 0; `indices` int64 (K,) of the frames."""
+
+    key: str
+    frames: np.ndarray
+    label: int
+    indices: np.ndarray
+
+
+def centre(height: int, width: int, rng: np.random.Generator | None = None) -> View:
+    """The test view of TSN and ECO: a centred square of 224/256 of the short side (224x224 of a 256x340 frame)."""
+    size = round(min(height, width) * 224 / 256)
+    return View((height - size) // 2, (width - size) // 2, size, size)
+
+
+def clip_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
+    """The generator for all that is random about one clip. By key, not row: a stream has no rows."""
+    return np.random.default_rng([seed, epoch, int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")])
+
+
+class Clips:
+    """Map-style dataset: `clips[epoch, row]` is a `Clip`, `clips[row]` that of epoch 0.
+
+    `sample` chooses the frames (such as functools.partial of a function of sampling.py), `look` the part of them
+    that is shown. With `seed` None neither gets a generator: the test clip. Errors name the key.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        sample: Sample,
+        *,
+        look: Look = centre,
+        size: tuple[int, int] = (224, 224),
+        colour: Colour = "rgb",
+        seed: int | None = None,
+    ) -> None:
+        self.shards, self.sample, self.look = shards, sample, look
+        self.size, self.colour, self.seed = size, colour, seed
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> Clip:
+        return self.read(item)
+
+    def read(self, item: int | tuple[int, int], out: np.ndarray | None = None) -> Clip:
+        """The clip of `row` or (epoch, row), its frames written into `out` if given.
+
+        Raises IndexError for a row that does not exist, ShardError (naming the key) for anything that goes wrong then.
+        """
+        epoch, row = item if isinstance(item, tuple) else (0, item)
+        if not 0 <= row < len(self.shards):
+            raise IndexError(f"row {row} asked for, {self.shards.folder} has rows 0 to {len(self.shards) - 1}")
+        key = self.shards.keys[row]
+        try:
+            rng = None if self.seed is None else clip_rng(self.seed, epoch, key)
+            indices = self.sample(int(self.shards.num_frames[row]), rng=rng)
+            view = self.look(*self.shards.frame_size, rng=rng)
+            frames = self.shards.read_clip(row, indices, view, self.size, colour=self.colour, out=out)
+        except ShardError:
+            raise  # it names the key
+        except Exception as error:  # in a loader's worker only the message survives
+            raise ShardError(f"{key} (row {row}, epoch {epoch}): {type(error).__name__}: {error}") from error
+        return Clip(key, frames, int(self.shards.labels[row]), indices)
+
+
+class Batches:
+    """Lists of (epoch, row): every row exactly once an epoch over all ranks, as many batches on each rank.
+
+    The order is a permutation drawn from (seed, epoch), or that of `rows` when `seed` is None. Step i of the epoch
+    takes the next `batch` x `world` rows, of which rank r takes every world-th. The last step may be smaller; where
+    it would leave a rank with nothing, its clips go into the step before (one more for some ranks). `epoch` and
+    `start` (batches to leave out: the position of a resumed run) are set between epochs; these two ints are all the
+    state there is.
+    """
+
+    def __init__(
+        self, rows: Sequence[int] | np.ndarray, batch: int, *, seed: int | None, rank: int = 0, world: int = 1
+    ) -> None:
+        if batch < 1 or not 0 <= rank < world:
+            raise ValueError(f"need batch >= 1 and 0 <= rank < world, got batch {batch}, rank {rank}, world {world}")
+        if len(rows) < world:
+            raise ValueError(f"{len(rows)} clips cannot be shared by {world} processes; use fewer")
+        self.rows, self.batch, self.seed, self.rank, self.world = np.asarray(rows), batch, seed, rank, world
+        self.epoch, self.start = 0, 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rows = self.rows
+        if self.seed is not None:
+            rows = np.random.default_rng([self.seed, self.epoch]).permutation(rows)
+        for begin, end in self._steps()[self.start :]:
+            yield [(self.epoch, int(row)) for row in rows[begin + self.rank : end : self.world]]
+
+    def __len__(self) -> int:
+        return max(len(self._steps()) - self.start, 0)
+
+    def _steps(self) -> list[tuple[int, int]]:
+        total, each = len(self.rows), self.batch * self.world
+        bounds = [*range(0, total, each), total]
+        if len(bounds) > 2 and bounds[-1] - bounds[-2] < self.world:
+            del bounds[-2]
+        return list(itertools.pairwise(bounds))

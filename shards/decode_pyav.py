@@ -1,0 +1,119 @@
+"""The fast decoder: ffmpeg's libraries in this process, through PyAV.
+
+No process to start, no pipe to copy through: about half the cost of decode_ffmpeg.py (docs/performance.md). In return a
+file that crashes libavcodec takes the build with it (finished shards stay), and the time limit is looked at between
+packets only.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+
+from shards.decode import DecodeError, DecodeSettings, Planes, SourceInfo
+
+MAX_ERROR_RATE = 2 / 3  # of packets, past which ffmpeg's own command gives a video up
+
+
+@functools.cache
+def pyav_version() -> str:
+    """PyAV's version and those of the libraries that it carries, which decide the pixels."""
+    libraries = (f"{name} {'.'.join(map(str, av.library_versions[name]))}" for name in ("libavcodec", "libswscale"))
+    return f"PyAV {av.__version__}, {', '.join(libraries)}"
+
+
+class PyAVDecoder:
+    """shards.decode.Decoder without a process of its own."""
+
+    def __init__(self, video: Path, settings: DecodeSettings) -> None:
+        self.video, self.settings = video, settings
+        self.info: SourceInfo | None = None
+
+    def __iter__(self) -> Iterator[Planes]:
+        deadline = time.monotonic() + self.settings.timeout
+        try:
+            # titles in Latin-1 are common in HMDB-51 and no reason to refuse a video
+            container = av.open(str(self.video.absolute()), metadata_errors="replace")
+        except av.error.FFmpegError as error:
+            raise DecodeError(self.video, _words(error), repr(error)) from None
+        with container:
+            if not container.streams.video:
+                raise DecodeError(self.video, "it has no video stream")
+            stream = container.streams.video[0]
+            context = stream.codec_context
+            context.thread_count = 1  # a video a worker; threads of the codec would count a worker twice
+            context.options = {"max_pixels": str(self.settings.max_pixels)}
+            reformatter, complaints = VideoReformatter(), Counter[str]()
+            count = packets = faults = 0
+            # read before decoding: a damaged frame can change the context
+            source = SourceInfo(
+                codec=context.codec.canonical_name,
+                width=context.width,
+                height=context.height,
+                fps=float(stream.average_rate or stream.guessed_rate or 0),
+            )
+            demuxer = container.demux(stream)
+            while True:
+                if time.monotonic() > deadline:
+                    raise DecodeError(self.video, f"took longer than {self.settings.timeout:g} s")
+                try:
+                    packet = next(demuxer)
+                except StopIteration:
+                    break
+                except av.error.FFmpegError as error:  # a container that breaks off: what came before it counts
+                    complaints[_words(error)] += 1
+                    packet = None
+                packets += 1
+                try:
+                    frames = context.decode(packet)  # None drains the decoder, as the last packet of demux() does
+                except av.error.FFmpegError as error:
+                    complaints[_words(error)] += 1
+                    faults += 1
+                    frames = []
+                for frame in frames:
+                    if frame.is_corrupt:
+                        complaints["corrupt decoded frame"] += 1
+                    count += 1
+                    yield self._planes(frame, reformatter)
+                if packet is None:
+                    break
+        said = "; ".join(f"{words} ({times} times)" for words, times in complaints.items())
+        if count == 0 or faults > MAX_ERROR_RATE * packets:
+            found = f"after {count} frames: " if count else ""
+            raise DecodeError(self.video, found + (said or "no frame could be decoded"), said)
+        self.info = SourceInfo(**{**source.__dict__, "errors": said})
+
+    def _planes(self, frame: av.VideoFrame, reformatter: VideoReformatter) -> Planes:
+        """Scaled like decode_ffmpeg.py's `scale` filter; upright, as ffmpeg's command turns a rotated source."""
+        turns = round(frame.rotation / 90) % 4
+        h, w = self.settings.height, self.settings.width
+        if turns % 2:
+            h, w = w, h
+        scaled = reformatter.reformat(
+            frame,
+            width=w,
+            height=h,
+            format="yuvj420p",
+            interpolation=self.settings.scaler.upper(),
+            dst_colorspace=Colorspace.ITU601,
+            dst_color_range=ColorRange.JPEG,
+            threads=1,
+        )
+        y, u, v = (
+            np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+            for plane in scaled.planes
+        )
+        if turns:
+            y, u, v = (np.ascontiguousarray(np.rot90(plane, turns)) for plane in (y, u, v))
+        return y, u, v
+
+
+def _words(error: av.error.FFmpegError) -> str:
+    return str(error.strerror or error).strip()

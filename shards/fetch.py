@@ -1,0 +1,711 @@
+"""The official archives: downloaded, checked and unpacked into the folder that `find_dataset` reads.
+
+A download that breaks off is resumed, an archive is never trusted (names, links, sizes and sums are checked before and
+after unpacking), and whatever is already there is used: `fetch` does only what is missing.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import ssl
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import rarfile
+from filelock import FileLock, Timeout
+
+from shards.datasets import OFFICIAL_COUNTS, VIDEO_SUFFIXES, Dataset, DatasetError, scan
+
+Progress = Callable[[str, int, int | None], None]  # (what, bytes done, bytes in all where known)
+
+RETRIES = 5  # attempts in a row that bring a download no further, per URL
+SOCKET_TIMEOUT = 60.0  # seconds
+EXTRACT_TIMEOUT = 6 * 3600.0  # seconds, for one archive
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+MAX_RATIO, MAX_EXTRA = 20, 1 << 28  # most bytes that an archive of n bytes may unpack to: 20 n + 256 MiB
+
+# What each extractor is given; {archive} and {folder} are absolute, so neither reads as an option.
+EXTRACTORS = {
+    "unrar": ("x", "-idq", "-o+", "-p-", "-y", "--", "{archive}", "{folder}/"),
+    "unar": ("-q", "-D", "-nr", "-f", "-k", "skip", "-o", "{folder}", "{archive}"),
+    "7zz": ("x", "-y", "-bso0", "-bsp0", "-o{folder}", "--", "{archive}"),
+    "7z": ("x", "-y", "-bso0", "-bsp0", "-o{folder}", "--", "{archive}"),
+    "bsdtar": ("-x", "-f", "{archive}", "-C", "{folder}"),
+}
+INSTALL = (
+    "install one: `apt-get install unar` (Debian, Ubuntu), `dnf install unar` (Fedora), `brew install unar` (macOS), "
+    "or put 7zz from https://www.7-zip.org on PATH"
+)
+
+
+class FetchError(ValueError):
+    """A download, archive or folder that cannot be used; the message names it, the reason and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Archive:
+    """One official file."""
+
+    name: str  # its file name, which ends in .rar or .zip
+    urls: tuple[str, ...]  # in order of preference
+    size: int | None = None  # bytes
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a dataset comes from."""
+
+    name: str
+    videos: Archive
+    splits: Archive
+    terms: str
+    homepage: str
+    notes: str = ""
+
+
+_UCF = "www.crcv.ucf.edu/data/UCF101"
+_HMDB = "serre-lab.clps.brown.edu/wp-content/uploads/2013/10"
+_JHMDB = "files.is.tue.mpg.de/jhmdb"
+
+# Sums of UCF-101 and HMDB-51: torchvision's prototype datasets, for these URLs. UCF101.rar's size is the server's
+# Content-Length; J-HMDB's sizes are those of a download of 2026. A pinned sum makes plain http as safe as https.
+SOURCES = {
+    "ucf101": Source(
+        name="ucf101",
+        videos=Archive(
+            name="UCF101.rar",
+            urls=(
+                f"https://{_UCF}/UCF101.rar",
+                "https://www.crcv.ucf.edu/datasets/human-actions/ucf101/UCF101.rar",
+                f"http://{_UCF}/UCF101.rar",
+            ),
+            size=6_932_971_618,
+            sha256="ca8dfadb4c891cb11316f94d52b6b0ac2a11994e67a0cae227180cd160bd8e55",
+        ),
+        splits=Archive(
+            name="UCF101TrainTestSplits-RecognitionTask.zip",
+            urls=(
+                "https://www.crcv.ucf.edu/wp-content/uploads/2019/03/UCF101TrainTestSplits-RecognitionTask.zip",
+                f"https://{_UCF}/UCF101TrainTestSplits-RecognitionTask.zip",
+                f"http://{_UCF}/UCF101TrainTestSplits-RecognitionTask.zip",
+            ),
+            size=113_943,
+            sha256="5c0d1a53b8ed364a2ac830a73f405e51bece7d98ce1254fd19ed4a36b224bd27",
+        ),
+        terms="No licence is stated; clips from YouTube, given out for research. Cite CRCV-TR-12-01.",
+        homepage="https://www.crcv.ucf.edu/data/UCF101.php",
+        notes="The server's TLS certificate has often failed to verify.",
+    ),
+    "hmdb51": Source(
+        name="hmdb51",
+        videos=Archive(
+            name="hmdb51_org.rar",
+            urls=(f"https://{_HMDB}/hmdb51_org.rar", f"http://{_HMDB}/hmdb51_org.rar"),
+            sha256="9e714a0d8b76104d76e932764a7ca636f929fff66279cda3f2e326fa912a328e",
+        ),
+        splits=Archive(
+            name="test_train_splits.rar",
+            urls=(f"https://{_HMDB}/test_train_splits.rar", f"http://{_HMDB}/test_train_splits.rar"),
+            sha256="229c94f845720d01eb3946d39f39292ea962d50a18136484aa47c1eba251d2b7",
+        ),
+        terms="CC BY 4.0, says its homepage; the clips are from films and YouTube. Cite Kuehne et al., ICCV 2011.",
+        homepage="https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database/",
+        notes="The server was reported gone in November 2025: a mirror or a copy of your own may be needed.",
+    ),
+    "jhmdb": Source(
+        name="jhmdb",
+        videos=Archive(
+            name="JHMDB_video.zip",
+            urls=(f"https://{_JHMDB}/JHMDB_video.zip", f"http://{_JHMDB}/JHMDB_video.zip"),
+            size=185_602_053,
+        ),
+        splits=Archive(
+            name="splits.zip",
+            urls=(f"https://{_JHMDB}/splits.zip", f"http://{_JHMDB}/splits.zip"),
+            size=43_785,
+        ),
+        terms="No licence is stated; the clips are of HMDB-51. Cite Jhuang et al., ICCV 2013.",
+        homepage="http://jhmdb.is.tue.mpg.de",
+    ),
+}
+
+
+def fetch(
+    name: str,
+    out: Path,
+    *,
+    have: Path | None = None,
+    mirrors: Sequence[str] = (),
+    keep_archives: bool = True,
+    progress: Progress | None = None,
+    sleep: Callable[[float], object] = time.sleep,
+) -> Dataset:
+    """The dataset `name` (a key of SOURCES) in out/videos/<class>/ and a folder of split lists beside it.
+
+    `have` is a folder that holds some of it: the archives under their own names, or class folders and split lists at
+    most two folders down. Archives are read where they are, folders are linked; `have` is never written to. `mirrors`
+    are base URLs that are tried first, as <mirror>/<archive name>. Archives stay in out/archives unless
+    `keep_archives` is false; they are then deleted once everything is there. `sleep` waits between attempts.
+
+    Raises FetchError, also when a listed video is not there in the end.
+    """
+    if name not in SOURCES:
+        raise FetchError(f"{name!r}: no such dataset; one of {', '.join(SOURCES)}")
+    source, out, have = SOURCES[name], Path(out), Path(have) if have is not None else None
+    for mirror in mirrors:
+        if not mirror.startswith(("http://", "https://")):
+            raise FetchError(f"{mirror}: not an http or https URL; give a folder of your own with --have")
+    if have is not None and not have.is_dir():
+        raise FetchError(f"{have}: no such folder; --have takes the folder that holds the archives or the videos")
+    report = progress or (lambda what, done, total: None)
+
+    def obtain(archive: Archive) -> Path:
+        urls = [f"{mirror.rstrip('/')}/{archive.name}" for mirror in mirrors] + list(archive.urls)
+        return _obtain(archive, urls, out / "archives", have, report, sleep)
+
+    try:
+        (out / "archives").mkdir(parents=True, exist_ok=True)
+        with FileLock(out / ".fetch.lock", timeout=0):
+            for stale in [*out.glob("videos.*.tmp"), *out.glob("splits.*.tmp")]:
+                shutil.rmtree(stale, ignore_errors=True)
+            if have is not None:
+                _check_useful(have, source)
+            splits = _provide_splits(source, out, have, obtain, report)
+            _provide_videos(source, out, have, obtain, report, splits)
+            dataset = _check_complete(source, out, splits)
+            if not keep_archives:
+                _delete_archives(source, out / "archives")
+            return dataset
+    except Timeout:
+        raise FetchError(f"{out}: another fetch into this folder is running; wait for it or stop it") from None
+    except OSError as error:
+        fix = "free some space and run again" if error.errno in _FULL else "run again once that is settled"
+        raise FetchError(f"{error.filename or out}: {error.strerror or error}; {fix}, what came is kept") from error
+
+
+def _check_useful(have: Path, source: Source) -> None:
+    """Raises where a typo in `have` would silently start a download of gigabytes."""
+    archives = any((have / archive.name).is_file() for archive in (source.videos, source.splits))
+    if not archives and not _splits_root(have, source.name) and not any(map(_holds_video, _folders(have, 3))):
+        raise FetchError(
+            f"{have}: holds neither {source.videos.name} nor {source.splits.name}, nor class folders with videos or "
+            f"split lists of {source.name}; give the folder right above them"
+        )
+
+
+def _provide_splits(
+    source: Source, out: Path, have: Path | None, obtain: Callable[[Archive], Path], report: Progress
+) -> Path:
+    for folder in sorted(path for path in out.iterdir() if path.is_dir() and path.name != "videos"):
+        if _splits_root(folder, source.name, depth=0):
+            return folder
+    target = _free(out / "splits")
+    found = _splits_root(have, source.name) if have else None
+    if found:
+        target.symlink_to(found.resolve(), target_is_directory=True)
+        return target
+    path = obtain(source.splits)
+    with _Scratch(target) as scratch:
+        _unpack(path, scratch, report)
+        found = _splits_root(scratch, source.name)
+        if not found:
+            raise FetchError(f"{path}: holds no split lists of {source.name}; delete it and run again")
+        found.rename(target)
+    return target
+
+
+def _provide_videos(
+    source: Source, out: Path, have: Path | None, obtain: Callable[[Archive], Path], report: Progress, splits: Path
+) -> None:
+    target = out / "videos"
+    if target.is_dir() and any(target.iterdir()):
+        return
+    _free(target)
+    class_names = _class_names(splits)
+    found = _videos_root(have, class_names) if have else None
+    if found:
+        target.symlink_to(found.resolve(), target_is_directory=True)
+        return
+    if have and not (have / source.videos.name).is_file() and any(map(_holds_video, _folders(have, 3))):
+        raise FetchError(f"{have}: its videos are not in folders named like the classes of {splits}; sort them so")
+    path = obtain(source.videos)
+    with _Scratch(target) as scratch:
+        _unpack(path, scratch, report)
+        for inner in sorted(scratch.rglob("*.rar")):  # HMDB-51: one archive per class
+            with _Scratch(target) as inner_scratch:
+                _unpack(inner, inner_scratch, report)
+                inner.unlink()  # before the next one: both copies of everything would take twice the disk
+                for child in inner_scratch.iterdir():
+                    child.rename(_free(scratch / child.name))
+        found = _videos_root(scratch, class_names)
+        if not found:
+            raise FetchError(f"{path}: holds no folder named like a class of {splits}; delete it and run again")
+        found.rename(target)
+
+
+def _check_complete(source: Source, out: Path, splits: Path) -> Dataset:
+    try:
+        dataset = scan(source.name, out / "videos", splits)
+    except DatasetError as error:
+        raise FetchError(str(error)) from error
+    if dataset.missing:
+        raise FetchError(
+            f"{out / 'videos'}: {len(dataset.missing)} of {dataset.listed} listed videos are not there, such as "
+            f"{', '.join(dataset.missing[:3])}; put them there, or delete that folder and run again"
+        )
+    return dataset
+
+
+def _free(target: Path) -> Path:
+    if target.is_symlink() and not target.exists():
+        target.unlink()  # a folder of the user's that has moved
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()
+    if target.exists():
+        raise FetchError(f"{target}: is there already, but is not what belongs there; move it elsewhere and run again")
+    return target
+
+
+def _delete_archives(source: Source, folder: Path) -> None:
+    for archive in (source.videos, source.splits):
+        (folder / archive.name).unlink(missing_ok=True)
+        (folder / f"{archive.name}.rejected").unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+class _Scratch:
+    """A new folder beside `target`. A name of its own: an extractor that outlived its killed parent may still write
+    into the last one."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __enter__(self) -> Path:
+        self.path = Path(tempfile.mkdtemp(prefix=f"{self.target.name}.", suffix=".tmp", dir=self.target.parent))
+        self.path.chmod(0o755)  # it may become the target, which others read
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+# Finding what a folder holds. By structure, since neither users nor archives agree on the folders around it.
+
+
+def _folders(root: Path, depth: int = 2) -> Iterator[Path]:
+    """`root` and the folders in it, level by level."""
+    level = [root]
+    for _ in range(depth):
+        yield from level
+        level = [Path(e.path) for f in level for e in os.scandir(f) if e.is_dir() and not e.name.startswith(".")]
+        level.sort()
+    yield from level
+
+
+def _holds_video(folder: Path) -> bool:
+    return any(e.name.lower().endswith(VIDEO_SUFFIXES) and not e.name.startswith("._") for e in os.scandir(folder))
+
+
+def _class_names(folder: Path) -> frozenset[str]:
+    """Classes of the split lists in `folder`, casefolded; none where it holds no lists."""
+    index = folder / "classInd.txt"
+    if index.is_file():
+        lines = (line.split(maxsplit=1) for line in index.read_text("latin-1").splitlines())
+        return frozenset(parts[1].strip().casefold() for parts in lines if len(parts) == 2)
+    end = "_test_split1.txt"
+    names = (entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    return frozenset(name.removesuffix(end).casefold() for name in names if name.endswith(end))
+
+
+def _splits_root(root: Path, name: str, depth: int = 2) -> Path | None:
+    """The folder with the split lists of dataset `name`. J-HMDB's and HMDB-51's differ in the number of classes."""
+    for folder in _folders(root, depth):
+        classes = _class_names(folder)
+        if classes and (name not in OFFICIAL_COUNTS or len(classes) == OFFICIAL_COUNTS[name][1]):
+            return folder
+    return None
+
+
+def _videos_root(root: Path, class_names: frozenset[str]) -> Path | None:
+    """The folder with most class folders that hold a video. J-HMDB's classes are some of HMDB-51's: of two with as
+    many, the one with fewer other folders."""
+    best: tuple[tuple[int, int], Path] | None = None
+    for folder in _folders(root):
+        inside = [entry for entry in os.scandir(folder) if entry.is_dir()]
+        classes = [e for e in inside if e.name.casefold() in class_names and _holds_video(Path(e.path))]
+        score = (len(classes), -len(inside))
+        if classes and (best is None or score > best[0]):
+            best = score, folder
+    return best[1] if best else None
+
+
+# Downloads.
+
+
+class _RefusedError(Exception):
+    """This URL will not give the file; the next one may."""
+
+
+def _obtain(
+    archive: Archive,
+    urls: Sequence[str],
+    folder: Path,
+    have: Path | None,
+    report: Progress,
+    sleep: Callable[[float], object],
+) -> Path:
+    """The archive, checked: the user's, the one that an earlier run downloaded, or a download."""
+    theirs, ours = (have / archive.name if have else None), folder / archive.name
+    if theirs and theirs.is_file():
+        wrong = _wrong_with(theirs, archive, report)
+        if wrong:
+            raise FetchError(f"{theirs}: {wrong}; remove it from there, or get it again")
+        return theirs
+    if ours.is_file():
+        wrong = _wrong_with(ours, archive, report)
+        if not wrong:
+            return ours
+        rejected = _set_aside(ours, archive)
+        raise FetchError(f"{ours}: {wrong}; moved to {rejected.name}, run again to download it")
+    part = folder / f"{archive.name}.part"
+    reasons = []
+    for url in urls:
+        try:
+            _download(url, archive, part, report, sleep)
+        except _RefusedError as error:
+            reasons.append(f"{url}: {error}")
+            continue
+        part.rename(ours)
+        for leftover in (_meta(part), folder / f"{archive.name}.rejected"):
+            leftover.unlink(missing_ok=True)
+        return ours
+    raise FetchError(
+        f"{archive.name}: not downloaded ({'; '.join(reasons)}); run again to resume, name another server with "
+        f"--mirror URL, or download it in a browser and give its folder with --have FOLDER"
+    )
+
+
+def _download(url: str, archive: Archive, part: Path, report: Progress, sleep: Callable[[float], object]) -> None:
+    """Brings `part` to the whole, checked archive, in as many attempts as get further."""
+    furthest, failures = _size(part), 0
+    while True:
+        try:
+            _transfer(url, archive, part, report)
+            wrong = _wrong_with(part, archive, report)
+            if wrong:
+                raise _RefusedError(f"{wrong}; kept as {_set_aside(part, archive).name}")
+            return
+        except HTTPError as error:
+            reason = f"HTTP {error.code} {error.reason}"
+            if error.code == 416:
+                _discard(part)
+            elif error.code < 500 and error.code not in (408, 429):
+                raise _RefusedError(reason) from error
+        except (OSError, HTTPException) as error:
+            cause = error.reason if isinstance(error, URLError) else error
+            reason = str(cause) or type(cause).__name__
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                raise _RefusedError(f"its TLS certificate does not verify ({cause.verify_message})") from error
+            if isinstance(error, OSError) and (error.errno in _FULL or error.filename):
+                raise  # our own disk, not the server
+        failures = 0 if _size(part) > furthest else failures + 1
+        furthest = max(furthest, _size(part))
+        if failures > RETRIES:
+            raise _RefusedError(f"{reason}, {failures} times in a row")
+        sleep(min(2.0**failures, 60.0))
+
+
+def _transfer(url: str, archive: Archive, part: Path, report: Progress) -> None:
+    """One request: appends to `part` where the server still has the same file, else starts it over.
+
+    Raises OSError or HTTPException when it broke off, _RefusedError when this is not the archive.
+    """
+    start, before = _size(part), _read_meta(part)
+    validator = before.get("validator")
+    if start and start == before.get("total"):
+        return
+    headers = {"User-Agent": "pasnet-shards-fetch"}
+    # Without ETag or date only a known sum tells a spliced file from a good one.
+    if start and (validator or archive.sha256):
+        headers |= {"Range": f"bytes={start}-"} | ({"If-Range": validator} if validator else {})
+    with urlopen(Request(url, headers=headers), timeout=SOCKET_TIMEOUT) as response:
+        if not response.url.startswith(("http://", "https://")):
+            raise _RefusedError(f"redirects to {response.url}")
+        etag = response.headers.get("ETag", "")
+        now = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
+        length = response.headers.get("Content-Length")
+        total = int(length) if length else None
+        if response.status == 206:
+            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+            total = int(span[2]) if span else None
+            same = (not now or not validator or now == validator) and before.get("total") in (None, total)
+            if not span or int(span[1]) != start or not same:
+                _discard(part)
+                raise ConnectionError("the file changed on the server")
+        else:
+            start = 0
+        if archive.size and total and total != archive.size:
+            raise _RefusedError(f"has {total} bytes, expected {archive.size}")
+        head = b""
+        while not start and len(head) < 8 and (chunk := response.read1(1 << 16)):
+            head += chunk
+        if not start and (len(head) == total or len(head) >= 8) and _not_archive(head, archive):
+            raise _RefusedError(_not_archive(head, archive))  # before it overwrites what is there
+        free = shutil.disk_usage(part.parent).free
+        if total and total - start > free:
+            raise OSError(errno.ENOSPC, f"{total - start} bytes to come, {free} free")
+        _meta(part).write_text(json.dumps({"validator": now or validator, "total": total}))
+        done = start
+        with open(part, "ab" if start else "wb") as sink:
+            chunk = head or response.read1(1 << 18)
+            while chunk:
+                sink.write(chunk)
+                done += len(chunk)
+                report(f"{archive.name}: downloading", done, total)
+                chunk = response.read1(1 << 18)  # read1: what came before a connection breaks is not lost
+    if total is not None and done < total:
+        raise ConnectionError(f"broke off after {done} of {total} bytes")
+
+
+def _wrong_with(path: Path, archive: Archive, report: Progress) -> str:
+    """Why `path` is not `archive`, or nothing."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        wrong = _not_archive(file.read(8), archive)
+        if wrong:
+            return wrong
+        if archive.size not in (None, size):
+            return f"has {size} bytes, expected {archive.size}"
+        if archive.sha256 is None:
+            return ""
+        file.seek(0)
+        sha256, done = hashlib.sha256(), 0
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
+            done += len(chunk)
+            report(f"{archive.name}: checking", done, size)
+    got = sha256.hexdigest()
+    return "" if got == archive.sha256 else f"has sha256 {got}, expected {archive.sha256}"
+
+
+def _not_archive(head: bytes, archive: Archive) -> str:
+    kind, magic = ("RAR", b"Rar!\x1a\x07") if archive.name.endswith(".rar") else ("ZIP", b"PK\x03\x04")
+    if head.startswith(magic):
+        return ""
+    page = head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<")
+    return f"is {'a web page' if page else f'something that starts with {head!r}'}, not a {kind} archive"
+
+
+def _set_aside(path: Path, archive: Archive) -> Path:
+    rejected = path.with_name(f"{archive.name}.rejected")
+    os.replace(path, rejected)
+    _meta(path).unlink(missing_ok=True)
+    return rejected
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _meta(part: Path) -> Path:
+    return part.with_name(f"{part.name}.json")
+
+
+def _read_meta(part: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(_meta(part).read_text())
+    except (OSError, ValueError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
+
+
+def _discard(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _meta(part).unlink(missing_ok=True)
+
+
+# Archives.
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    name: str  # relative, "/" between parts
+    size: int
+    crc: int | None
+    stored: bool  # not compressed
+    info: Any  # what its archive's open() takes
+
+
+def _unpack(path: Path, folder: Path, report: Progress) -> None:
+    """The files of `path` in the empty `folder`, or a FetchError before (or instead of) anything unsafe."""
+    try:
+        archive: Any = zipfile.ZipFile(path) if path.suffix == ".zip" else rarfile.RarFile(path, errors="strict")
+        with archive:
+            members = _members(path, archive)
+            total = sum(member.size for member in members)
+            free = shutil.disk_usage(folder).free
+            if total > free:
+                raise FetchError(f"{path}: unpacks to {total} bytes and {free} are free at {folder.parent}; free some")
+            report(f"{path.name}: unpacking", 0, total)
+            if path.suffix == ".zip":
+                _copy_members(archive, members, folder)
+            else:
+                _extract_rar(path, archive, members, folder)
+            report(f"{path.name}: unpacking", total, total)
+    except (zipfile.BadZipFile, rarfile.Error, zlib.error, NotImplementedError, EOFError) as error:
+        raise FetchError(f"{path}: damaged or cut short ({error}); delete it and run again") from error
+
+
+def _members(path: Path, archive: Any) -> list[_Member]:
+    """What to unpack. Raises FetchError for an archive that asks for a file elsewhere, a link, a password or more
+    bytes than any honest one."""
+    is_zip = isinstance(archive, zipfile.ZipFile)
+
+    def refuse(reason: str) -> FetchError:
+        return FetchError(f"{path}: refused: {reason}; this is not the official file, delete it and get another copy")
+
+    if not is_zip and archive.needs_password():
+        raise refuse("it is encrypted")
+    members: dict[str, _Member] = {}
+    for info in archive.infolist():
+        name = info.filename
+        if name.startswith("/") or re.match(r"[A-Za-z]:", name) or "\\" in name or ".." in name.split("/"):
+            raise refuse(f"its member {name!r} points outside")
+        mode = info.external_attr >> 16 if is_zip else info.mode if info.host_os == rarfile.RAR_OS_UNIX else 0
+        if stat.S_IFMT(mode or 0) not in (0, stat.S_IFREG, stat.S_IFDIR) or (not is_zip and info.file_redir):
+            raise refuse(f"its member {name!r} is a link or a device")
+        if is_zip and info.flag_bits & 1:
+            raise refuse(f"its member {name!r} is encrypted")
+        if info.is_dir():
+            continue
+        name = str(PurePosixPath(name))
+        if name in members:
+            raise refuse(f"it holds {name!r} twice")
+        stored = info.compress_type == (zipfile.ZIP_STORED if is_zip else rarfile.RAR_M0)
+        members[name] = _Member(name=name, size=info.file_size, crc=info.CRC, stored=stored, info=info)
+    total, size = sum(member.size for member in members.values()), path.stat().st_size
+    if total > MAX_RATIO * size + MAX_EXTRA:
+        raise refuse(f"its {size} bytes unpack to {total}")
+    return [member for member in members.values() if not _is_junk(member.name)]
+
+
+def _is_junk(name: str) -> bool:
+    parts = name.split("/")
+    return "__MACOSX" in parts or parts[-1] in (".DS_Store", "Thumbs.db") or parts[-1].startswith("._")
+
+
+def _copy_members(archive: Any, members: Sequence[_Member], folder: Path) -> None:
+    """In Python; both libraries check the sums while reading."""
+    for member in members:
+        target = folder / member.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with archive.open(member.info) as source, target.open("xb") as sink:
+            shutil.copyfileobj(source, sink, 1 << 20)
+        if target.stat().st_size != member.size:
+            raise EOFError(f"{member.name} has {target.stat().st_size} of {member.size} bytes")
+
+
+def _extract_rar(path: Path, archive: rarfile.RarFile, members: Sequence[_Member], folder: Path) -> None:
+    """One run of an extractor for the whole archive: one per member would take hours, and for ever if it is solid."""
+    reasons = []
+    for name, exe in _extractors():
+        try:
+            _run_extractor(name, exe, path, folder)
+            _check_tree(members, folder)
+            return
+        except FetchError as error:
+            reasons.append(f"{name}: {error}")
+            shutil.rmtree(folder)
+            folder.mkdir()
+    if all(member.stored for member in members):
+        _copy_members(archive, members, folder)
+    elif reasons:
+        raise FetchError(f"{path}: could not be unpacked ({'; '.join(reasons)}); get it again, or {INSTALL}")
+    else:
+        raise FetchError(f"{path}: no RAR extractor on PATH; {INSTALL}")
+
+
+def _extractors() -> Iterator[tuple[str, str]]:
+    """(name, path) of those on PATH. unrar-free calls itself unrar too, but cannot unpack much."""
+    for name in EXTRACTORS:
+        exe = shutil.which(name)
+        if exe and (name != "unrar" or b"Roshal" in _run([exe], 60).stdout):
+            yield name, exe
+
+
+def _run_extractor(name: str, exe: str, path: Path, folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as alone:  # unar takes a1.rar and a2.rar in one folder for two volumes
+        link = Path(alone, "archive.rar")
+        link.symlink_to(path.resolve())
+        values = {"archive": str(link), "folder": str(folder.resolve())}
+        try:
+            done = _run([exe, *(argument.format(**values) for argument in EXTRACTORS[name])], EXTRACT_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise FetchError(f"not done after {EXTRACT_TIMEOUT:.0f} s") from None
+    if done.returncode != 0:
+        words = " ".join(done.stdout.decode(errors="replace").split())
+        raise FetchError(f"exit status {done.returncode}, {words[-300:] or 'without a word'}")
+
+
+def _run(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[bytes]:
+    # In a C locale bsdtar leaves out RAR4 members with names beyond ASCII.
+    env = os.environ | {"LC_ALL": "en_US.UTF-8" if sys.platform == "darwin" else "C.UTF-8"}
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout,
+        env=env,
+        check=False,
+    )
+
+
+def _check_tree(members: Sequence[_Member], folder: Path) -> None:
+    """`folder` holds the members, with their sizes and sums, and nothing else; junk is deleted."""
+    left = {member.name: member for member in members}
+    for parent, folders, files in os.walk(folder):
+        for name in folders + files:
+            path = Path(parent, name)
+            relative, status = path.relative_to(folder).as_posix(), path.lstat()
+            if stat.S_ISDIR(status.st_mode):
+                continue
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+                raise FetchError(f"wrote {relative!r}, which is no plain file")
+            if _is_junk(relative):
+                path.unlink()
+                continue
+            member = left.pop(relative, None)
+            if member is None:
+                raise FetchError(f"wrote {relative!r}, which the archive does not list")
+            if status.st_size != member.size or (member.crc is not None and _crc32(path) != member.crc):
+                raise FetchError(f"wrote {relative!r} with {status.st_size} of {member.size} bytes or a wrong sum")
+    if left:
+        raise FetchError(f"left out {len(left)} files, such as {next(iter(left))!r}")
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    return crc
