@@ -48,8 +48,15 @@ serve: install  ## MLflow's pages for RUN (default: the smoke run) on http://127
 	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --host 127.0.0.1 \
 	    --port 5000 --workers 1 --backend-store-uri "sqlite:///$$(cd "$(RUN)" && pwd)/mlflow.db"
 
-bench: install  ## benchmarks, with their peers, into benchmarks/results/
-	@$(BIN)/python -m benchmarks $(if $(DATA),--data "$(DATA)")
+# The peers (decord, litdata, ...) want an environment of their own: one of them holds numpy back.
+.venv-bench/.installed: pyproject.toml benchmarks/requirements.txt
+	@$(PYTHON) -m venv .venv-bench && .venv-bench/bin/pip install --quiet uv
+	@unset PYTHONDONTWRITEBYTECODE; UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" .venv-bench/bin/uv pip install --quiet \
+	    --python .venv-bench/bin/python --compile-bytecode -e . -r benchmarks/requirements.txt
+	@touch $@
+
+bench: .venv-bench/.installed  ## benchmarks, with their peers, into benchmarks/results/
+	@.venv-bench/bin/python -m benchmarks $(if $(DATA),--data "$(DATA)")
 
 clean:  ## removes the environment and caches; runs/ stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

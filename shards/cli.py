@@ -145,9 +145,13 @@ def _build(arguments: argparse.Namespace) -> None:
             on_video=report,
         )
     packed = f"{manifest['videos']} videos, {manifest['frames']} frames in {len(manifest['shards'])} shards"
-    print(f"{arguments.out}: {packed}; {manifest['failed']} could not be decoded, see failures.parquet")
+    print(f"{arguments.out}: {packed}")
+    if manifest["failed"]:
+        print(f"{manifest['failed']} could not be decoded: {arguments.out / 'failures.parquet'} says why")
     if manifest["decoded_with_errors"]:
         print(f"{manifest['decoded_with_errors']} were decoded with complaints (decode_errors in index.parquet)")
+    if not dataset.splits:
+        print("no split lists: the videos are in no subset (--splits FOLDER names lists of your own)")
     if dataset.missing:
         print(f"{len(dataset.missing)} listed videos are not on disk, such as {dataset.missing[0]}")
 
@@ -207,13 +211,19 @@ def _stats(arguments: argparse.Namespace) -> None:
         print(json.dumps(numbers, indent=1))
         return
     for name, value in numbers.items():
-        shown = ", ".join(f"{key} {of}" for key, of in value.items()) if isinstance(value, dict) else value
-        print(f"{name.replace('_', ' '):30} {shown}")
+        print(f"{name.replace('_', ' '):30} {_in_words(value)}")
     for k, count in numbers["videos_with_fewer_frames_than"].items():
         share = count / numbers["videos"]
         if share > 0.01:
             print(f"note: {share:.1%} of the videos have fewer than {k} frames: clips of K = {k} repeat some of them")
             break
+
+
+def _in_words(value: Any) -> str:
+    """{"min": 1, "max": 2} -> "min 1, max 2"."""
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{key} ({_in_words(of)})" if isinstance(of, dict) else f"{key} {of}" for key, of in value.items())
 
 
 def _need_workers(arguments: argparse.Namespace) -> None:

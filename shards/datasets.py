@@ -117,21 +117,24 @@ def find_splits(videos: Path) -> Path | None:
 def scan(name: str, videos: Path, splits: Path | None = None) -> Dataset:
     """Reads the split lists and looks for their videos under `videos`/<class>/.
 
-    A video on disk that no list names is kept, in no split. Without `splits` the lists beside `videos` are taken; a set
-    called "folder" needs none: its classes are the folders in alphabetical order. Raises DatasetError when the lists
-    are not there, are not those of the dataset (counts), contradict each other, or name no video that is there.
+    A video on disk that no list names is kept, in no split. Without `splits` the lists beside `videos` are taken. A
+    set called "folder", or one of your own without lists, has the folders as classes, in alphabetical order, and no
+    splits. Raises DatasetError when the lists are not there, are not those of the dataset (counts), contradict each
+    other, or name no video that is there.
     """
     videos = Path(videos)
     if not videos.is_dir():
         raise DatasetError(f"{videos}: no such folder of videos")
-    if splits is None and name == FOLDER:
-        return _scan_class_folders(videos)
-    splits = Path(splits) if splits is not None else find_splits(videos)
+    if splits is None:
+        splits = None if name == FOLDER else find_splits(videos)
+        if splits is None and name not in OFFICIAL_COUNTS:
+            return _scan_class_folders(name, videos)
     if splits is None:
         raise DatasetError(
             f"{videos}: no split lists beside it; give the folder that holds them with --splits, fetch them with "
             f"`pasnet shards fetch {name}`, or use --dataset {FOLDER} for videos without splits"
         )
+    splits = Path(splits)
     if not splits.is_dir():
         raise DatasetError(f"{splits}: no such folder of split lists")
     read = _read_ucf_lists if (splits / "classInd.txt").is_file() else _read_hmdb_lists
@@ -169,12 +172,12 @@ def scan(name: str, videos: Path, splits: Path | None = None) -> Dataset:
     )
 
 
-def _scan_class_folders(videos: Path) -> Dataset:
+def _scan_class_folders(name: str, videos: Path) -> Dataset:
     files = _scan_folder(videos)
     class_names = tuple(sorted({folder for folder, _ in files}))
     found = [_video(path, folder, class_names.index(folder), {}) for folder, path in files]
     return Dataset(
-        name=FOLDER,
+        name=name,
         class_names=class_names,
         videos=_in_key_order(found),
         listed=0,

@@ -267,9 +267,13 @@ def _check_complete(source: Source, out: Path, splits: Path) -> Dataset:
     except DatasetError as error:
         raise FetchError(str(error)) from error
     if dataset.missing:
+        videos = out / "videos"
+        fix = f"put them there, or delete {videos} and run again"
+        if videos.is_symlink():  # a folder of the user's, which is not ours to have deleted
+            fix = f"put them into {videos.resolve()}, or unlink {videos} and run again without --have"
         raise FetchError(
-            f"{out / 'videos'}: {len(dataset.missing)} of {dataset.listed} listed videos are not there, such as "
-            f"{', '.join(dataset.missing[:3])}; put them there, or delete that folder and run again"
+            f"{videos}: {len(dataset.missing)} of {dataset.listed} listed videos are not there, such as "
+            f"{', '.join(dataset.missing[:3])}; {fix}"
         )
     return dataset
 

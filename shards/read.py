@@ -46,7 +46,7 @@ class ShardSet:
     """The videos of a shard folder, in key order; row numbers 0..len-1 name them.
 
     `manifest` is manifest.json; `keys`, `labels` (int32), `num_frames` (int32) and `groups` are columns of the index.
-    Safe to use from threads and from forked or spawned workers: files are opened per process, at the first read.
+    Safe to use from threads and from forked or spawned workers.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -78,7 +78,6 @@ class ShardSet:
         self._first = frame_offsets.offsets.to_numpy()
         has_crc = "frame_crc32" in table.column_names
         self._crc32 = table["frame_crc32"].chunk(0).values.to_numpy() if has_crc else None
-        self._files: dict[tuple[int, str], int] = {}
         self._local = threading.local()
 
     def __len__(self) -> int:
@@ -122,24 +121,29 @@ class ShardSet:
         are not those that were written.
         """
         n, first = int(self.num_frames[row]), int(self._first[row])
-        shard = self._shard_names[self._shard_of[row]]
-        file = self._open(shard)
+        path = self.folder / self._shard_names[self._shard_of[row]]
         found: dict[int, bytes] = {}
-        for index in map(int, indices):
-            if not 0 <= index < n:
-                raise IndexError(f"{self.keys[row]}: frame {index} asked for, it has frames 0 to {n - 1}")
-            if index not in found:
-                start, end = self._frame_offsets[first + index : first + index + 2].tolist()
-                jpeg = os.pread(file, end - start, int(self._offsets[row]) + start)
-                # frame_offsets holds one number more than there are frames, for each video before this one
-                if len(jpeg) != end - start or (
-                    self._crc32 is not None and zlib.crc32(jpeg) != self._crc32[first - row + index]
-                ):
-                    raise ShardError(
-                        f"{self.folder / shard}: frame {index} of {self.keys[row]} is damaged; "
-                        f"run `pasnet shards repair {self.folder}`"
-                    )
-                found[index] = jpeg
+        try:  # opened anew for every clip: ten microseconds, and no limit on shards, no sharing with forks
+            file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ShardError(f"{path}: {error.strerror}; run `pasnet shards repair {self.folder}`") from error
+        try:
+            for index in map(int, indices):
+                if not 0 <= index < n:
+                    raise IndexError(f"{self.keys[row]}: frame {index} asked for, it has frames 0 to {n - 1}")
+                if index not in found:
+                    start, end = self._frame_offsets[first + index : first + index + 2].tolist()
+                    jpeg = os.pread(file, end - start, int(self._offsets[row]) + start)
+                    # frame_offsets holds one number more than there are frames, for each video before this one
+                    known = None if self._crc32 is None else int(self._crc32[first - row + index])
+                    if len(jpeg) != end - start or known not in (None, zlib.crc32(jpeg)):
+                        raise ShardError(
+                            f"{path}: frame {index} of {self.keys[row]} is damaged; "
+                            f"run `pasnet shards repair {self.folder}`"
+                        )
+                    found[index] = jpeg
+        finally:
+            os.close(file)
         return [found[int(index)] for index in indices]
 
     def read_frames(self, row: int, indices: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -174,19 +178,8 @@ class ShardSet:
         decoder.decode(jpegs, view, size, colour, out)
         return out
 
-    def _open(self, shard: str) -> int:
-        place = (os.getpid(), shard)
-        if place not in self._files:
-            try:
-                self._files[place] = os.open(self.folder / shard, os.O_RDONLY)
-            except OSError as error:
-                raise ShardError(
-                    f"{self.folder / shard}: {error.strerror}; run `pasnet shards repair {self.folder}`"
-                ) from error
-        return self._files[place]
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}, "_local": None}
+        return {**self.__dict__, "_local": None}  # a decoder belongs to its thread
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _local=threading.local())

@@ -71,7 +71,7 @@ class ClipStream(IterableDataset):  # type: ignore[misc]  # torch's, or webdatas
         rank: int = 0,
         world: int = 1,
         lanes: int = 12,
-        shuffle: int = 100,
+        shuffle: int = 32,
     ) -> None:
         if not 0 <= rank < world or lanes < 1 or shuffle < 1:
             raise ValueError(f"need 0 <= rank < world, lanes and shuffle >= 1, got {rank}, {world}, {lanes}, {shuffle}")

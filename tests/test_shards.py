@@ -550,7 +550,8 @@ class TestFolderOfClasses:
 
     def test_the_lists_beside_the_videos_are_found(self, videos: Path, tmp_path: Path) -> None:
         assert scan("ucf-layout", videos / "videos").count(1, "train") > 0
-        bare = shutil.copytree(videos / "videos", tmp_path / "bare" / "videos")
+        bare = Path(shutil.copytree(videos / "videos", tmp_path / "bare" / "videos"))
+        assert (scan("mine", bare).name, scan("mine", bare).splits) == ("mine", ())
         with pytest.raises(DatasetError, match="no split lists beside it"):
             scan("ucf101", bare)
 
@@ -787,21 +788,22 @@ class TestDrills:
         started = time.monotonic()
         subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
         seconds = time.monotonic() - started
-        rng, kills = random.Random(decoder), 0
+        rng, kills, found = random.Random(decoder), 0, set()
         while kills < 10:
             build_process = subprocess.Popen([*command, str(tmp_path / "killed")], start_new_session=True)
             try:
-                # a start costs a good part of it; with one more shard each time, some kills come late and some early
-                build_process.wait(timeout=rng.uniform(0.3, 0.9) * seconds)
+                build_process.wait(timeout=rng.uniform(0.3, 0.9) * seconds)  # a start alone takes a third of it
             except subprocess.TimeoutExpired:
                 os.killpg(build_process.pid, signal.SIGKILL)
                 build_process.wait()
                 kills += 1
+                found.add(len(list((tmp_path / "killed").glob("*.tar"))))
                 continue
             assert build_process.returncode == 0
             shards_left = sorted((tmp_path / "killed").glob("*.tar"))
             for path in rng.sample(shards_left, 8):  # finished before ten kills: give it work again
                 path.unlink()
+        assert len(found) >= 3  # it was killed in different states of the work
         subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
         assert digest_of(tmp_path / "killed") == digest_of(tmp_path / "whole")
         for name in ("manifest.json", *(f"parts/shard-{number:05d}.tar.json" for number in range(16))):
