@@ -39,7 +39,7 @@ def train_view(height: int, width: int, rng: np.random.Generator | None, *, conf
 
     multiscale: TSN's and ECO's corner crop. Height and width are shares of the short side, at most one step of
     `scales` apart, at one of 13 places (corners, centre, edge middles, quarter points). random: 224/256 of the short
-    side, anywhere. Half of the clips are mirrored if config.flip.
+    side, anywhere. Half of the clips are mirrored if config.flip. (What is read starts at an even pixel: see View.)
     """
     assert rng is not None  # training clips have a seed
     short = min(height, width)

@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fetch(arguments: argparse.Namespace) -> None:
-    from shards.fetch import SOURCES, FetchError, fetch
+    from shards.fetch import SOURCES, fetch
+    from shards.unpack import FetchError
 
     if arguments.dataset not in SOURCES:
         raise FetchError(f"unknown dataset {arguments.dataset!r} (one of: {', '.join(SOURCES)})")

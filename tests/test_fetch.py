@@ -25,6 +25,7 @@ import rarfile
 from filelock import FileLock
 
 from shards import fetch as fetch_module
+from shards import unpack as unpack_module
 from shards.datasets import find_dataset
 from shards.fetch import SOURCES, Archive, FetchError, Source, fetch
 
@@ -269,7 +270,7 @@ def test_keep_archives_false_deletes_them_and_nothing_else(ucf: Served, tmp_path
     assert not (tmp_path / "archives").exists() and (tmp_path / "videos" / "Archery").is_dir()
 
 
-@pytest.mark.parametrize("name", ["python", *fetch_module.EXTRACTORS])
+@pytest.mark.parametrize("name", ["python", *unpack_module.EXTRACTORS])
 def test_nested_rars_and_odd_names_through_every_extractor(
     name: str, hmdb: Served, tmp_path: Path, no_tools: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,7 +282,7 @@ def test_nested_rars_and_odd_names_through_every_extractor(
             pytest.skip(f"{name} was built without RAR")
         (no_tools / name).symlink_to(exe)
         # An extractor that fails would be hidden by the fallback for stored members.
-        monkeypatch.setattr(fetch_module, "_copy_members", lambda *_: pytest.fail(f"{name} did not unpack"))
+        monkeypatch.setattr(unpack_module, "_copy_members", lambda *_: pytest.fail(f"{name} did not unpack"))
     dataset = quick("tiny-hmdb", tmp_path / "out")
     expected = {f"{folder}/{f}": noise(f) for folder, files in HMDB_VIDEOS.items() for f in files}
     assert files_in(tmp_path / "out" / "videos") == dict(sorted(expected.items()))
@@ -636,7 +637,7 @@ def unpack(tmp_path: Path, name: str, body: bytes) -> dict[str, bytes]:
     path, folder = tmp_path / name, tmp_path / "inside" / "folder"
     path.write_bytes(body)
     folder.mkdir(parents=True)
-    fetch_module._unpack(path, folder, lambda what, done, total: None)
+    unpack_module.unpack(path, folder, lambda what, done, total: None)
     return files_in(folder)
 
 
@@ -707,7 +708,7 @@ def test_a_malicious_archive_is_refused_before_anything_is_written(
     case: str, tools: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, body, reason = MALICIOUS[case]
-    monkeypatch.setattr(fetch_module, "MAX_EXTRA", 1 << 20)
+    monkeypatch.setattr(unpack_module, "MAX_EXTRA", 1 << 20)
     if tools == "without tools":
         monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FetchError, match=rf"a\.(rar|zip): refused: .*{reason}.*not the official file"):
@@ -755,8 +756,8 @@ def test_an_extractor_runs_once_and_the_next_follows_where_it_fails(tmp_path: Pa
 def test_unar_sees_one_volume_and_stops_at_inner_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not shutil.which("unar"):
         pytest.skip("unar is not installed")
-    monkeypatch.setattr(fetch_module, "EXTRACTORS", {"unar": fetch_module.EXTRACTORS["unar"]})
-    monkeypatch.setattr(fetch_module, "_copy_members", lambda *_: pytest.fail("unar did not unpack"))
+    monkeypatch.setattr(unpack_module, "EXTRACTORS", {"unar": unpack_module.EXTRACTORS["unar"]})
+    monkeypatch.setattr(unpack_module, "_copy_members", lambda *_: pytest.fail("unar did not unpack"))
     inner = rar5_of({"b": b"2"})
     (tmp_path / "a1.rar").write_bytes(rar5_of({"x": b"1"}))  # the first volume of a2.rar, by its name
     assert unpack(tmp_path, "a2.rar", rar5_of({"inner.rar": inner})) == {"inner.rar": inner}
@@ -790,7 +791,7 @@ def test_what_an_extractor_wrote_is_not_trusted(extra: str, reason: str, tmp_pat
 
 
 def test_an_extractor_that_hangs_is_killed(tmp_path: Path, no_tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_module, "EXTRACT_TIMEOUT", 0.2)
+    monkeypatch.setattr(unpack_module, "EXTRACT_TIMEOUT", 0.2)
     tool(no_tools, "unar", "assert sys.stdin.read() == ''; import time; time.sleep(60)")
     with pytest.raises(FetchError, match="unar: not done after 0 s"):
         unpack(tmp_path, "a.rar", COMPRESSED)
@@ -801,7 +802,7 @@ def test_a_killed_unpack_starts_over(
     calls: int, hmdb: Served, tmp_path: Path, no_tools: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed while the lists, the outer archive, and each inner one are being unpacked; no cleaning up is done."""
-    copy, left = fetch_module._copy_members, [calls]
+    copy, left = unpack_module._copy_members, [calls]
 
     def killed(archive: Any, members: Any, folder: Path) -> None:
         left[0] -= 1
@@ -810,7 +811,7 @@ def test_a_killed_unpack_starts_over(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(fetch_module, "_copy_members", killed)
+        patched.setattr(unpack_module, "_copy_members", killed)
         patched.setattr(fetch_module._Scratch, "__exit__", lambda *_: None)
         with pytest.raises(KeyboardInterrupt):
             quick("tiny-hmdb", tmp_path / "out")
