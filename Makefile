@@ -49,10 +49,10 @@ serve: install  ## MLflow's pages for RUN (default: the smoke run) on http://127
 	    --port 5000 --workers 1 --backend-store-uri "sqlite:///$$(cd "$(RUN)" && pwd)/mlflow.db"
 
 # The peers (decord, litdata, ...) want an environment of their own: one of them holds numpy back.
-.venv-bench/.installed: pyproject.toml benchmarks/requirements.txt
+.venv-bench/.installed: benchmarks/requirements.txt
 	@$(PYTHON) -m venv .venv-bench && .venv-bench/bin/pip install --quiet uv
 	@unset PYTHONDONTWRITEBYTECODE; UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" .venv-bench/bin/uv pip install --quiet \
-	    --python .venv-bench/bin/python --compile-bytecode -e . -r benchmarks/requirements.txt
+	    --python .venv-bench/bin/python --compile-bytecode -r benchmarks/requirements.txt
 	@touch $@
 
 bench: .venv-bench/.installed  ## benchmarks, with their peers, into benchmarks/results/

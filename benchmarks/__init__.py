@@ -1,1 +1,1 @@
-"""Speed, as ratios against named peers in the same run; never part of the tests."""
+"""Speed of the data path against named peers, as ratios within one run. See docs/performance.md."""
