@@ -13,6 +13,7 @@ import platform
 import random
 import re
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
@@ -198,7 +199,7 @@ def use_ffmpeg(choice: str, folder: Path) -> None:
     It is put first on PATH, where shards, its children and the peers that call the command look for it.
     """
     if choice == "path":
-        return
+        choice = shutil.which("ffmpeg") or "ffmpeg"
     if choice == "bundled":
         import imageio_ffmpeg
 
@@ -206,6 +207,7 @@ def use_ffmpeg(choice: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ffmpeg").symlink_to(Path(choice).absolute())
     os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    os.environ["IMAGEIO_FFMPEG_EXE"] = str(Path(choice).absolute())
     ffmpeg_exe.cache_clear()
 
 

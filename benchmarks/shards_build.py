@@ -157,7 +157,7 @@ def child(folder: Path, count: int, decoder: str, workers: int, out: Path, times
     frames, start = 0, time.perf_counter()
     for number in range(times):
         place = out / str(number)
-        frames += build(dataset, place, settings, workers=workers, num_shards=max(8, len(dataset.videos) // 4))[
+        frames += build(dataset, place, settings, workers=workers, num_shards=max(8, len(dataset.videos) // 2))[
             "frames"
         ]
         shutil.rmtree(place)

@@ -17,7 +17,9 @@ from prefect.futures import PrefectFuture
 import shards
 from pasnet.study import EMBEDDED, Shards, Study, make_synthetic
 from shards import Dataset, DecodeSettings
-from shards.pack import ShardPlan
+from shards.pack import ShardPlan, check_owner, check_space, finished_part, write_notes
+
+MAX_FAILED = 0.01  # share of damaged videos past which the data, or the decoder, is not what it should be
 
 
 @task(task_run_name="videos {source}", cache_policy=NO_CACHE)
@@ -37,7 +39,7 @@ def pack(plan: ShardPlan, folder: Path, settings: DecodeSettings) -> int:
 def index(dataset: Dataset, plans: tuple[ShardPlan, ...], folder: Path, settings: DecodeSettings) -> Shards:
     """Closes the folder: index, failures, manifest. The failures are shown as a Prefect artifact too."""
     try:
-        shards.finish(dataset, plans, folder, settings)
+        shards.finish(dataset, plans, folder, settings, max_failed=MAX_FAILED)
     finally:
         rows = shards.failures(folder)
         if rows:
@@ -52,16 +54,24 @@ def prepare(study: Study, dataset: Dataset, workers: int) -> Shards:
     folder = study.root / "shards" / dataset.name
     started = time.perf_counter()
     with shards.locked(folder):
+        check_owner(dataset, folder)
         plans = shards.plan(dataset, settings)
+        write_notes(dataset, plans, folder, settings, max_failed=MAX_FAILED)
+        todo = sum(finished_part(plan, folder) is None for plan in plans)
+        check_space(dataset, settings, folder, todo / len(plans))
         progress = create_progress_artifact(0.0, description=f"{dataset.name}: shards packed")
         packing: list[PrefectFuture[int]] = []
-        for number, plan in enumerate(plans):
-            if number >= workers:
-                packing[number - workers].wait()
-                update_progress_artifact(progress, 100 * (number - workers + 1) / len(plans))
-            packing.append(pack.submit(plan, folder, settings))
-        for future in packing:
-            future.result()  # a shard that could not be written at all (a full disk) ends the flow here
+        try:
+            for number, plan in enumerate(plans):
+                if number >= workers:
+                    packing[number - workers].result()  # a shard that could not be written (a full disk) ends the flow
+                    update_progress_artifact(progress, 100 * (number - workers + 1) / len(plans))
+                packing.append(pack.submit(plan, folder, settings))
+            for future in packing:
+                future.result()
+        finally:
+            for future in packing:
+                future.wait()  # the folder stays locked while a task writes into it
         done = index(dataset, plans, folder, settings)
         update_progress_artifact(progress, 100.0)
     rate = done.videos / max(time.perf_counter() - started, 1e-9)

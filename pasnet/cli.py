@@ -43,7 +43,8 @@ def call(run: Any, arguments: argparse.Namespace) -> int:
     except BrokenPipeError:  # `pasnet list | head`; anything longer has not been finished
         return 0 if run in (_list, _report) else 1
     except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
         return 1
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("pasnet", "shards", "flows"):

@@ -46,6 +46,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     make.add_argument("--shard-mib", type=int, default=256, help="about how large a shard is")
     make.add_argument("--num-shards", type=int, help="instead of --shard-mib")
     make.add_argument("--max-failed", type=float, default=0.01, help="share of damaged videos that fails the build")
+    make.add_argument("--retry-failed", action="store_true", help="try videos again that could not be decoded")
     make.add_argument("--timeout", type=float, default=900.0, help="seconds for one video")
     make.add_argument("--max-mib", type=int, default=256, help="of JPEGs for one video")
     make.set_defaults(run=_build)
@@ -83,8 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser("python -m shards").parse_args(argv)
     try:
         arguments.run(arguments)
-    except (BuildError, OSError, ValueError) as error:
-        if isinstance(error, ValueError) and not type(error).__module__.startswith("shards."):
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not type(error).__module__.startswith("shards."):
             raise  # a bug
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -143,6 +148,7 @@ def _build(arguments: argparse.Namespace) -> None:
             num_shards=arguments.num_shards,
             shard_mib=arguments.shard_mib,
             max_failed=arguments.max_failed,
+            retry_failed=arguments.retry_failed,
             on_video=report,
         )
     packed = f"{manifest['videos']} videos, {manifest['frames']} frames in {len(manifest['shards'])} shards"
@@ -151,6 +157,8 @@ def _build(arguments: argparse.Namespace) -> None:
         print(f"{manifest['failed']} could not be decoded: {arguments.out / 'failures.parquet'} says why")
     if manifest["decoded_with_errors"]:
         print(f"{manifest['decoded_with_errors']} were decoded with complaints (decode_errors in index.parquet)")
+    if dataset.ignored:
+        print(f"{len(dataset.ignored)} entries are no videos in a class folder, such as {dataset.ignored[0]}")
     if not dataset.splits:
         print("no split lists: the videos are in no subset (--splits FOLDER names lists of your own)")
     if dataset.missing:

@@ -106,9 +106,9 @@ class Batches:
 
     The order is a permutation drawn from (seed, epoch), or that of `rows` when `seed` is None. Step i of the epoch
     takes the next `batch` x `world` rows, of which rank r takes every world-th. The last step may be smaller; where
-    it would leave a rank with nothing, its clips go into the step before (one more for some ranks). `epoch` and
-    `start` (batches to leave out: the position of a resumed run) are set between epochs; these two ints are all the
-    state there is.
+    it would leave a rank with nothing, its clips go into the step before (one more for some ranks). `epoch` is
+    set before each epoch, `start` only by a resumed run, before the epoch that it goes on with: how many batches to
+    leave out this once. These two ints are all the state there is.
     """
 
     def __init__(
@@ -122,14 +122,20 @@ class Batches:
         self.epoch, self.start = 0, 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        start, self.start = self.start, 0
+        if not 0 <= start <= len(self._steps()):
+            raise ValueError(f"start must be 0 to {len(self._steps())} batches, got {start}")
+        return self._deal(self.epoch, start)
+
+    def _deal(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
         rows = self.rows
         if self.seed is not None:
-            rows = np.random.default_rng([self.seed, self.epoch]).permutation(rows)
-        for begin, end in self._steps()[self.start :]:
-            yield [(self.epoch, int(row)) for row in rows[begin + self.rank : end : self.world]]
+            rows = np.random.default_rng([self.seed, epoch]).permutation(rows)
+        for begin, end in self._steps()[start:]:
+            yield [(epoch, int(row)) for row in rows[begin + self.rank : end : self.world]]
 
     def __len__(self) -> int:
-        return max(len(self._steps()) - self.start, 0)
+        return len(self._steps())
 
     def _steps(self) -> list[tuple[int, int]]:
         total, each = len(self.rows), self.batch * self.world

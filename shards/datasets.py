@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class DatasetError(ValueError):
 @dataclass(frozen=True, kw_only=True)
 class Video:
     """One source file. `key` is its name in the shards: class/stem, with "." and "%" escaped, since WebDataset cuts
-    a key at the first dot of its last part."""
+    a key at the first dot of its last part, and the end of a class called like __this__, which it would skip."""
 
     key: str
     path: Path
@@ -53,6 +54,7 @@ class Dataset:
     videos: tuple[Video, ...]
     listed: int  # distinct videos that the official lists name; 0 without lists
     missing: tuple[str, ...]  # listed but not on disk
+    ignored: tuple[str, ...]  # among the videos, but no video in a class folder
     folder: Path  # where the class folders are
     lists: Path | None  # where the split lists are
 
@@ -107,9 +109,11 @@ def find_splits(videos: Path) -> Path | None:
     """The folder of split lists beside `videos`, or in the folder around it; None where there is none."""
     around = Path(videos).absolute().parent
     for folder in [*sorted(path for path in around.iterdir() if path.is_dir()), around]:
-        if (folder / "classInd.txt").is_file():
-            return folder
-        if any(entry.name.endswith("_test_split1.txt") for entry in os.scandir(folder)):
+        try:
+            names = os.listdir(folder)
+        except PermissionError:  # such as lost+found
+            continue
+        if "classInd.txt" in names or any(name.endswith("_test_split1.txt") for name in names):
             return folder
     return None
 
@@ -167,6 +171,7 @@ def scan(name: str, videos: Path, splits: Path | None = None) -> Dataset:
         videos=_in_key_order(found),
         listed=len(listed),
         missing=tuple(missing),
+        ignored=_ignored(videos),
         folder=videos,
         lists=splits,
     )
@@ -182,6 +187,7 @@ def _scan_class_folders(name: str, videos: Path) -> Dataset:
         videos=_in_key_order(found),
         listed=0,
         missing=(),
+        ignored=_ignored(videos),
         folder=videos,
         lists=None,
     )
@@ -192,8 +198,11 @@ def _video(path: Path, class_name: str, label: int, splits: dict[int, Subset]) -
         str(path).encode("utf-8")
     except UnicodeEncodeError:  # bytes of another encoding, which neither JSON nor Parquet can hold
         raise DatasetError(f"{os.fsencode(path)!r}: the name is not UTF-8; rename the file") from None
+    key = f"{class_name}/{path.stem}".replace("%", "%25").replace(".", "%2E")
+    # webdataset passes over folders called like __this__, or like some__this__
+    key = re.sub(r"__/", "_%5F/", key) if re.match(r"[^/]*__[^/]*__/", key) else key
     return Video(
-        key=f"{class_name}/{path.stem}".replace("%", "%25").replace(".", "%2E"),
+        key=key,
         path=path,
         class_name=class_name,
         label=label,
@@ -218,7 +227,7 @@ _Lists = dict[tuple[str, str], tuple[str, dict[int, Subset]]]
 
 
 def _comparable(stem: str) -> str:
-    return stem.casefold().replace("@", "#")
+    return unicodedata.normalize("NFC", stem).casefold().replace("@", "#")
 
 
 def _group(class_name: str, stem: str) -> str:
@@ -233,7 +242,7 @@ def _group(class_name: str, stem: str) -> str:
 def _lines(path: Path) -> Iterable[tuple[int, str]]:
     """Numbered lines that hold something; the lists mix LF and CRLF and are Latin-1 at worst."""
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
         text = path.read_text("latin-1")
     return ((number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip())
@@ -245,6 +254,8 @@ def _read_class_index(path: Path) -> tuple[str, ...]:
         parts = line.split(maxsplit=1)
         if len(parts) != 2 or not parts[0].isdigit():
             raise DatasetError(f"{path}:{number}: expected '<number> <class>', found {line!r}")
+        if int(parts[0]) in classes or parts[1].casefold() in map(str.casefold, classes.values()):
+            raise DatasetError(f"{path}:{number}: {line!r} repeats a number or a class; remove one of the two lines")
         classes[int(parts[0])] = parts[1]
     if sorted(classes) != list(range(1, len(classes) + 1)):
         raise DatasetError(f"{path}: class numbers are not 1..{len(classes)} without gaps")
@@ -284,6 +295,10 @@ def _read_hmdb_lists(splits: Path) -> tuple[tuple[str, ...], _Lists]:
             paths.append((match[1], int(match[2]), Path(entry.path)))
     if not paths:
         raise DatasetError(f"{splits}: no <class>_test_split<n>.txt in it")
+    spellings: dict[str, str] = {}
+    for class_name, _, path in sorted(paths):
+        if spellings.setdefault(class_name.casefold(), class_name) != class_name:
+            raise DatasetError(f"{path}: {spellings[class_name.casefold()]!r} is spelt otherwise elsewhere; rename it")
     listed: _Lists = {}
     codes: dict[str, Subset | None] = {"0": None, "1": "train", "2": "test"}
     for class_name, split, path in sorted(paths):
@@ -333,5 +348,18 @@ def _video_files(videos: Path) -> list[tuple[str, Path]]:
         (folder.name, Path(entry.path))
         for folder in folders
         for entry in sorted(os.scandir(folder.path), key=lambda entry: entry.name)
-        if entry.name.lower().endswith(VIDEO_SUFFIXES) and not entry.name.startswith(".")
+        if _is_video(entry)
     ]
+
+
+def _is_video(entry: os.DirEntry[str]) -> bool:
+    return entry.name.lower().endswith(VIDEO_SUFFIXES) and not entry.name.startswith(".") and entry.is_file()
+
+
+def _ignored(videos: Path) -> tuple[str, ...]:
+    """What lies among the videos and is none: to be told, not acted on."""
+    entries = list(os.scandir(videos))
+    inside = [entry for folder in entries if folder.is_dir() for entry in os.scandir(folder.path)]
+    loose = [entry for entry in entries if not entry.is_dir()]
+    found = [e for e in (*loose, *(e for e in inside if not _is_video(e))) if not e.name.startswith(".")]
+    return tuple(sorted(str(Path(entry.path).relative_to(videos)) for entry in found))

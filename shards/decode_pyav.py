@@ -7,11 +7,14 @@ packets only.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -44,10 +47,13 @@ class PyAVDecoder:
         except av.error.FFmpegError as error:
             raise DecodeError(self.video, _words(error), repr(error)) from None
         with container:
-            if not container.streams.video:
+            stream = container.streams.best("video")  # as ffmpeg's command: not a cover picture that comes first
+            if not isinstance(stream, av.VideoStream):
                 raise DecodeError(self.video, "it has no video stream")
-            stream = container.streams.video[0]
             context = stream.codec_context
+            if context.width * context.height > self.settings.max_pixels:
+                found = f"frames of {context.width}x{context.height}"
+                raise DecodeError(self.video, f"{found} exceed the limit of {self.settings.max_pixels} pixels")
             context.thread_count = 1  # a video a worker; threads of the codec would count a worker twice
             context.options = {"max_pixels": str(self.settings.max_pixels)}
             reformatter, complaints = VideoReformatter(), Counter[str]()
@@ -88,11 +94,11 @@ class PyAVDecoder:
         if count == 0 or faults > MAX_ERROR_RATE * packets:
             found = f"after {count} frames: " if count else ""
             raise DecodeError(self.video, found + (said or "no frame could be decoded"), said)
-        self.info = SourceInfo(**{**source.__dict__, "errors": said})
+        self.info = dataclasses.replace(source, errors=said)
 
     def _planes(self, frame: av.VideoFrame, reformatter: VideoReformatter) -> Planes:
         """Scaled like decode_ffmpeg.py's `scale` filter; upright, as ffmpeg's command turns a rotated source."""
-        turns = round(frame.rotation / 90) % 4
+        turns = self._turns(frame)
         h, w = self.settings.height, self.settings.width
         if turns % 2:
             h, w = w, h
@@ -113,6 +119,16 @@ class PyAVDecoder:
         if turns:
             y, u, v = (np.ascontiguousarray(np.rot90(plane, turns)) for plane in (y, u, v))
         return y, u, v
+
+    def _turns(self, frame: av.VideoFrame) -> int:
+        """Quarter turns to the left that make the frame upright; DecodeError where it takes more than turning."""
+        matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is None:
+            return 0
+        a, b, _, c, d, *_ = struct.unpack("<9i", bytes(memoryview(matrix))[:36])
+        if a * d - b * c < 0 or ((a or d) and (b or c)):
+            raise DecodeError(self.video, "it is to be shown mirrored or aslant; use --decoder ffmpeg for it")
+        return round(frame.rotation / 90) % 4
 
 
 def _words(error: av.error.FFmpegError) -> str:

@@ -30,8 +30,8 @@ def stats(folder: Path) -> dict[str, Any]:
         "videos_with_fewer_frames_than": {str(k): int((frames < k).sum()) for k in SEGMENTS},
         "subsets": manifest["subsets"],
         "failed": manifest["failed"],
-        "decoded_with_errors": manifest["decoded_with_errors"],
-        "listed_but_missing": manifest["listed_but_missing"],
+        "decoded_with_errors": manifest.get("decoded_with_errors", 0),
+        "listed_but_missing": manifest.get("listed_but_missing", 0),
         "shards": len(sizes),
         "bytes": sum(sizes),
         "bytes_per_shard": _spread(np.array(sizes)),
@@ -59,8 +59,11 @@ def choose_rows(shards: ShardSet, keys: Sequence[str], videos: int) -> list[int]
         return [int(i) for i in np.unique(np.linspace(0, len(shards) - 1, max(1, videos)).round())]
     rows = []
     for name in keys:
-        stem = Path(name).stem
-        found = [row for row, key in enumerate(shards.keys) if name == key or stem == key.rpartition("/")[2]]
+        found = [
+            row
+            for row, (key, video) in enumerate(zip(shards.keys, shards.videos, strict=True))
+            if name in (key, video, video.rpartition("/")[2], video.rpartition("/")[2].rpartition(".")[0])
+        ]
         if len(found) != 1:
             problem = "no video" if not found else f"{len(found)} videos"
             raise ShardError(f"{shards.folder}: {problem} called {name!r}; give a key such as {shards.keys[0]!r}")
@@ -74,6 +77,9 @@ def contact_sheet(shards: ShardSet, rows: Sequence[int], num_segments: int, path
     What a network would see of each video: a sheet of K times the same frame is the sign of wrong frame counts.
     """
     from PIL import Image, ImageDraw, ImageFont
+
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise ShardError(f"{path}: a contact sheet is a .png or a .jpg; name it so")
 
     height, width = shards.frame_size
     scale = min(1.0, 170 / width)

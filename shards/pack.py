@@ -7,11 +7,14 @@ not on the number of workers or on which finished first. A finished shard is fou
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import tarfile
 import threading
@@ -28,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.datasets import Dataset, DatasetError, Video
-from shards.decode import DecodeError, DecodeSettings, decode_video, decoder_version
+from shards.decode import DecodeError, DecodeSettings, decode_video, decoder_version, encoder_version
 from shards.format import FAILURES_SCHEMA, FORMAT_VERSION, INDEX_SCHEMA
 
 LIMITS = ("timeout", "max_mib", "max_pixels")  # of DecodeSettings: they decide no bytes of a video that passes
@@ -89,7 +92,8 @@ def plan(
     shard_mib: int = 256,
     min_shards: int = 16,
 ) -> tuple[ShardPlan, ...]:
-    """Deals the videos, in class order, over the shards like cards, so that every shard holds every class.
+    """Deals the videos, in class order, over the shards like cards, so that every shard holds every class that
+    has as many videos.
 
     Without `num_shards`, shards of about `shard_mib` MiB (estimated), and at least `min_shards` of them, since a
     streaming reader wants several per worker; never more shards than videos. Raises DatasetError for numbers below 1.
@@ -112,6 +116,7 @@ def plan(
             "format": FORMAT_VERSION,
             "settings": identity(settings),
             "decoder": decoder_version(settings.decoder),
+            "encoder": encoder_version(),
             "videos": [[v.key, _size(v.path), v.label, sorted(v.splits.items())] for v in videos],
         }
         digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
@@ -136,21 +141,77 @@ def locked(out: Path) -> Iterator[None]:
             f"{out}: another build or repair is writing there; wait for it, or choose another --out"
         ) from None
     try:
-        for path in out.glob("shard-*.tmp"):  # of builds that were killed: nobody else can be writing them now
-            path.unlink()
+        for path in out.glob("shard-*.tar.tmp"):  # of builds that were killed: nobody else can be writing them now
+            if is_shard(path.name.removesuffix(".tmp")):
+                path.unlink()
         yield
     finally:
         lock.release()
 
 
+def is_shard(name: str) -> bool:
+    """Whether a file could be a shard of ours by its name; nothing else in the folder is ever touched."""
+    return re.fullmatch(r"shard-\d{5}\.tar", name) is not None
+
+
+def check_owner(dataset: Dataset, out: Path) -> None:
+    """Raises BuildError where a build would write over tars that are not ours, or over another dataset's shards."""
+    out, notes = Path(out), read_notes(out)
+    ours = notes.get("plans", {})  # a build that was killed may have left a tar without its part
+    for path in sorted(out.glob("shard-*.tar")):
+        if is_shard(path.name) and path.name not in ours and not (out / "parts" / f"{path.name}.json").is_file():
+            raise BuildError(
+                f"{path}: was made by no build that {out / 'parts'} knows of; move it, or choose another --out"
+            )
+    if notes and (notes["dataset"], notes["class_names"]) != (dataset.name, list(dataset.class_names)):
+        raise BuildError(
+            f"{out}: holds the shards of {notes['dataset']} with {len(notes['class_names'])} classes, from "
+            f"{notes['videos']}; choose another --out, or delete that folder first"
+        )
+
+
+def write_notes(
+    dataset: Dataset, plans: Sequence[ShardPlan], out: Path, settings: DecodeSettings, max_failed: float
+) -> None:
+    """parts/build.json: whose shards these are, and what `repair` needs. Apart from the manifest, which says nothing of
+    this machine."""
+    notes = {
+        "dataset": dataset.name,
+        "class_names": dataset.class_names,
+        "videos": str(dataset.folder.absolute()),
+        "splits": str(dataset.lists.absolute()) if dataset.lists else None,
+        "settings": asdict(settings),
+        "versions": [decoder_version(settings.decoder), encoder_version()],
+        "max_failed": max_failed,
+        "plans": {shard.name: shard.digest for shard in plans},
+    }
+    (Path(out) / "parts").mkdir(parents=True, exist_ok=True)
+    _write_json(Path(out) / "parts" / "build.json", notes)
+
+
+def read_notes(out: Path) -> dict[str, Any]:
+    """What `write_notes` wrote, {} where there is none or it is damaged."""
+    try:
+        notes = json.loads((Path(out) / "parts" / "build.json").read_text("utf-8"))
+        return notes if {"dataset", "class_names", "videos", "splits", "settings", "plans"} <= notes.keys() else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
 def build_shard(
-    shard: ShardPlan, out: Path, settings: DecodeSettings, on_video: OnVideo | None = None
+    shard: ShardPlan,
+    out: Path,
+    settings: DecodeSettings,
+    on_video: OnVideo | None = None,
+    *,
+    expected: str | None = None,
 ) -> dict[str, Any]:
     """Writes out/<name> and out/parts/<name>.json unless they are there already; returns what the part file says.
 
     A video that cannot be decoded goes into the part's `failures` with its reason, and the shard goes on without it.
     Both files are written under another name and renamed when complete, so that a killed build leaves no half shard.
-    The caller holds `locked(out)`. Raises BuildError when the disk is full.
+    The caller holds `locked(out)`. Raises BuildError when the disk is full, and when `expected` is given and is not the
+    sha256 of what came out: then the old shard stays.
     """
     out = Path(out)
     part_path = out / "parts" / f"{shard.name}.json"
@@ -167,13 +228,19 @@ def build_shard(
             os.fsync(file.fileno())  # before the part file says that the tar is complete
     except BaseException as error:
         scratch.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno == 28:  # ENOSPC
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BuildError(
                 f"{scratch}: the disk is full; make room and start again (finished shards are kept), or build smaller: "
                 f"--frames-per-video, --quality"
             ) from error
         raise
-    part = {
+    if expected not in (None, digest):
+        scratch.unlink()
+        raise BuildError(
+            f"{tar_path}: would become another shard than it was: its videos, or a library, have changed since; build "
+            f"anew with `pasnet shards build` if you want that (delete the shard first)"
+        )
+    part: dict[str, Any] = {
         "plan": shard.digest,
         "limits": shard.limits,
         "shard": shard.name,
@@ -181,9 +248,12 @@ def build_shard(
         "sha256": digest,
         "records": records,
         "failures": failed,
+        "sources": {video.key: [video.path.stat().st_mtime_ns, _sha256(video.path)] for video in shard.videos},
     }
-    for name in ("manifest.json", "index.parquet"):  # they describe the old shard; `finish` writes them anew
-        (out / name).unlink(missing_ok=True)
+    part["check"] = _check_sum(part)
+    # they describe the old shard; `finish` writes them anew. The part first: with it gone the tar is unfinished
+    for path in (part_path, out / "manifest.json", out / "index.parquet"):
+        path.unlink(missing_ok=True)
     os.replace(scratch, tar_path)
     _write_json(part_path, part)
     return part
@@ -192,18 +262,39 @@ def build_shard(
 def finished_part(shard: ShardPlan, out: Path) -> dict[str, Any] | None:
     """The part file of a shard that is complete for this very plan, else None.
 
-    Compares the plan's digest and the tar's size; rehashing tens of gigabytes at every start would cost minutes, and is
-    what `verify` is for.
+    Compares the plan's digest, the tar's size and the videos (those whose time stamp is another are hashed); rehashing
+    tens of gigabytes of tars at every start would cost minutes, and is what `verify` is for.
     """
-    part_path = Path(out) / "parts" / f"{shard.name}.json"
+    part = read_part(shard.name, out)
+    if part is None or part["plan"] != shard.digest or (part["failures"] and tuple(part["limits"]) != shard.limits):
+        return None
+    tar = Path(out) / shard.name
+    if not tar.is_file() or tar.stat().st_size != part["bytes"]:
+        return None
+    for video in shard.videos:
+        changed, sha256 = part["sources"][video.key]
+        if video.path.stat().st_mtime_ns != changed and _sha256(video.path) != sha256:
+            return None
+    return part
+
+
+def read_part(name: str, out: Path) -> dict[str, Any] | None:
+    """The part file of the shard `name`; None where there is none, or it is not as it was written."""
     try:
-        part: dict[str, Any] = json.loads(part_path.read_text("utf-8"))
-        same = part["plan"] == shard.digest and (Path(out) / shard.name).stat().st_size == part["bytes"]
-        if same and (not part["failures"] or tuple(part["limits"]) == shard.limits):
-            return part
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no part, a damaged one, or no tar: build it (again)
-    return None
+        part: dict[str, Any] = json.loads((Path(out) / "parts" / f"{name}.json").read_text("utf-8"))
+        return part if part.get("check") == _check_sum(part) else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _check_sum(part: dict[str, Any]) -> str:
+    content = {name: value for name, value in part.items() if name != "check"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def finish(
@@ -221,6 +312,9 @@ def finish(
         part = finished_part(shard, out)
         if part is None:
             raise BuildError(f"{out / shard.name}: not built, or not from these videos and settings; build it again")
+        told = [row["key"] for row in part["records"]] + [row["video"] for row in part["failures"]]
+        if len(told) != len(shard.videos):
+            raise BuildError(f"{out / shard.name}: {len(told)} of its {len(shard.videos)} videos are accounted for")
         parts.append(part)
     records = sorted((record for part in parts for record in part["records"]), key=lambda record: record["key"])
     failed = sorted((failure for part in parts for failure in part["failures"]), key=lambda row: row["video"])
@@ -233,20 +327,18 @@ def finish(
             f"{first['video']}: {first['reason']}; all of them are in {out / 'failures.parquet'}"
         )
     planned = {shard.name for shard in plans}
-    for path in [*out.glob("shard-*.tar"), *(out / "parts").glob("shard-*.tar.json")]:
-        if path.name.removesuffix(".json") not in planned:  # of an earlier build with other settings
+    for path in (out / "parts").glob("shard-*.tar.json"):  # of an earlier build with other settings
+        name = path.name.removesuffix(".json")
+        if is_shard(name) and name not in planned:
+            (out / name).unlink(missing_ok=True)
             path.unlink()
-    decode = {**identity(settings), "version": decoder_version(settings.decoder), "subsampling": "4:2:0"}
-    write_parquet(out / "index.parquet", records, INDEX_SCHEMA, {"decode": json.dumps(decode)})
-    notes = {  # what `repair` needs; apart from the manifest, which says nothing of this machine
-        "dataset": dataset.name,
-        "videos": str(dataset.folder.absolute()),
-        "splits": str(dataset.lists.absolute()) if dataset.lists else None,
-        "settings": asdict(settings),
-        "num_shards": len(plans),
-        "max_failed": max_failed,
+    decode = {
+        **identity(settings),
+        "version": decoder_version(settings.decoder),
+        "encoder": encoder_version(),
+        "subsampling": "4:2:0",
     }
-    _write_json(out / "parts" / "build.json", notes)
+    write_parquet(out / "index.parquet", records, INDEX_SCHEMA, {"decode": json.dumps(decode)})
     manifest = {
         "format": FORMAT_VERSION,
         "dataset": dataset.name,
@@ -294,9 +386,12 @@ def build(
     num_shards: int | None = None,
     shard_mib: int = 256,
     max_failed: float = 0.01,
+    retry_failed: bool = False,
     on_video: OnVideo | None = None,
 ) -> dict[str, Any]:
     """plan + build_shard for each + finish, with the folder locked; returns the manifest.
+
+    Finished shards are kept as they are; `retry_failed` builds those again in which a video could not be decoded.
 
     Threads suffice: ffmpeg is a process, and PyAV and the JPEG encoder drop the GIL. An error or Ctrl-C stops every
     worker at its next video. Raises BuildError (see `finish`, `locked`; also when the disk is too small by estimate).
@@ -317,9 +412,14 @@ def build(
         build_shard(shard, out, settings, seen)
 
     with locked(out):
+        check_owner(dataset, out)
         plans = plan(dataset, settings, num_shards=num_shards, shard_mib=shard_mib)
+        write_notes(dataset, plans, out, settings, max_failed)
+        for shard in plans if retry_failed else ():
+            if (read_part(shard.name, out) or {}).get("failures"):
+                (out / "parts" / f"{shard.name}.json").unlink()
         todo = [shard for shard in plans if not _report_finished(shard, out, on_video)]
-        _check_space(dataset, settings, out, len(todo) / len(plans))
+        check_space(dataset, settings, out, len(todo) / len(plans))
         with ThreadPoolExecutor(workers) as pool:
             futures = [pool.submit(work, shard) for shard in todo]
             try:
@@ -342,7 +442,7 @@ def _report_finished(shard: ShardPlan, out: Path, on_video: OnVideo | None) -> b
     return part is not None
 
 
-def _check_space(dataset: Dataset, settings: DecodeSettings, out: Path, share: float) -> None:
+def check_space(dataset: Dataset, settings: DecodeSettings, out: Path, share: float) -> None:
     """Raises BuildError before hours of work for which the disk has no room; `share` is what is still to be built."""
     free, source = shutil.disk_usage(out).free, sum(_size(video.path) for video in dataset.videos)
     if share == 0 or free > 20 * source:  # JPEGs take 6 to 8 times the room of UCF-101's and HMDB-51's videos
@@ -358,12 +458,11 @@ def _check_space(dataset: Dataset, settings: DecodeSettings, out: Path, share: f
 def _write_tar(
     path: Path, shard: ShardPlan, settings: DecodeSettings, on_video: OnVideo | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    from webdataset import TarWriter  # here, not above: importing it takes a second
-
     records: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
-    # PAX rather than USTAR: a long name gets a header of its own instead of an error. Fixed mtime: fixed bytes.
-    with open(path, "wb") as file, TarWriter(file, mtime=0, format="PAX_FORMAT") as tar:
+    # PAX rather than USTAR: a long name gets a header of its own instead of an error. Not webdataset's TarWriter, which
+    # would import torch (a second, 200 MB a process) for what are two members.
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for video in shard.videos:
             name = f"{video.path.parent.name}/{video.path.name}"
             try:
@@ -397,7 +496,10 @@ def _write_tar(
                 "frame_crc32": [zlib.crc32(jpeg) for jpeg in decoded.jpegs],
             }
             meta = {**record, "height": settings.height, "width": settings.width, "frame_sizes": sizes}
-            tar.write({"__key__": video.key, "json": json.dumps(meta).encode(), "mjpeg": frames})
+            for kind, content in (("json", json.dumps(meta).encode()), ("mjpeg", frames)):
+                member = tarfile.TarInfo(f"{video.key}.{kind}")  # owner root, time 0: fixed bytes
+                member.size, member.mode = len(content), 0o444
+                tar.addfile(member, io.BytesIO(content))
             records.append({**record, "shard": shard.name, "frame_offsets": [0, *itertools.accumulate(sizes)]})
             if on_video:
                 on_video(Progress(video=video, frames=len(sizes), bytes=len(frames)))

@@ -1,7 +1,6 @@
 """Frames out of shards by random access: any K frames of any video cost K reads, and nothing else is read.
 
-`open_shards` needs numpy, pyarrow, simplejpeg, PyAV and OpenCV: the index says where each JPEG lies. Clips for training
-are in clips.py, whole shards as a stream in stream.py.
+The index says where each JPEG lies. Clips for training are in clips.py, whole shards as a stream in stream.py.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import simplejpeg
 
@@ -45,7 +43,8 @@ class View(NamedTuple):
 class ShardSet:
     """The videos of a shard folder, in key order; row numbers 0..len-1 name them.
 
-    `manifest` is manifest.json; `keys`, `labels` (int32), `num_frames` (int32) and `groups` are columns of the index.
+    `manifest` is manifest.json; `keys`, `videos` (file names), `labels` (int32), `num_frames` (int32) and `groups`
+    are columns of the index.
     Safe to use from threads and from forked or spawned workers.
     """
 
@@ -54,30 +53,51 @@ class ShardSet:
         missing = [name for name in ("manifest.json", "index.parquet") if not (self.folder / name).is_file()]
         if missing:
             raise ShardError(f"{self.folder}: not a finished shard folder, no {missing[0]}; run `pasnet shards build`")
+        try:
+            self._open()
+        except (KeyError, TypeError, AttributeError, OSError, ValueError) as error:
+            if isinstance(error, ShardError):
+                raise
+            raise ShardError(
+                f"{self.folder}: manifest.json or index.parquet is damaged ({type(error).__name__}: {error}); "
+                f"run `pasnet shards repair {self.folder}`"
+            ) from error
+
+    def _open(self) -> None:
         self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text("utf-8"))
         if self.manifest["format"] > FORMAT_VERSION:
             raise ShardError(
                 f"{self.folder}: format {self.manifest['format']}, this version reads up to {FORMAT_VERSION}; update it"
             )
-        table = pq.read_table(self.folder / "index.parquet").combine_chunks()
+        # ParquetFile and from_dlpack, since read_table and to_numpy import pyarrow.dataset and pandas: 0.2 s
+        with pq.ParquetFile(self.folder / "index.parquet") as file:
+            has_crc = "frame_crc32" in file.schema_arrow.names
+            columns = ["key", "video", "group", "label", "num_frames", "split1", "split2", "split3", "shard", "offset"]
+            table = file.read([*columns, "frame_offsets", *(["frame_crc32"] if has_crc else [])]).combine_chunks()
+        if not len(table) or any(table[name].null_count for name in columns if not name.startswith("split")):
+            raise ValueError("it has no rows, or rows without values")
+
+        def numbers(array: Any) -> np.ndarray:
+            return np.from_dlpack(array)
+
         self.keys: list[str] = table["key"].to_pylist()
+        self.videos: list[str] = table["video"].to_pylist()
         self.groups: list[str] = table["group"].to_pylist()
-        self.labels = table["label"].to_numpy()
-        self.num_frames = table["num_frames"].to_numpy()
+        self.labels = numbers(table["label"].chunk(0))
+        self.num_frames = numbers(table["num_frames"].chunk(0))
         self._subsets = {
-            (split, subset): pc.equal(table[f"split{split}"], subset).fill_null(False).to_numpy()
+            (split, subset): np.array([value == subset for value in table[f"split{split}"].to_pylist()])
             for split in (1, 2, 3)
             for subset in ("train", "test")
         }
         shards = table["shard"].chunk(0).dictionary_encode()
         self._shard_names: list[str] = shards.dictionary.to_pylist()
-        self._shard_of = shards.indices.to_numpy()
-        self._offsets = table["offset"].to_numpy()
+        self._shard_of = numbers(shards.indices)
+        self._offsets = numbers(table["offset"].chunk(0))
         frame_offsets = table["frame_offsets"].chunk(0)
-        self._frame_offsets = frame_offsets.values.to_numpy()  # all videos end to end; no Python object per frame
-        self._first = frame_offsets.offsets.to_numpy()
-        has_crc = "frame_crc32" in table.column_names
-        self._crc32 = table["frame_crc32"].chunk(0).values.to_numpy() if has_crc else None
+        self._frame_offsets = numbers(frame_offsets.values)  # all videos end to end; no Python object per frame
+        self._first = numbers(frame_offsets.offsets)
+        self._crc32 = numbers(table["frame_crc32"].chunk(0).values) if has_crc else None
         self._local = threading.local()
 
     def __len__(self) -> int:
@@ -201,10 +221,10 @@ def clip_shape(num_frames: int, size: tuple[int, int], colour: Colour) -> tuple[
 
 
 class _ClipDecoder:
-    """JPEGs -> planes -> crop and resize of each plane. One per thread: the codec's context is not to be shared.
+    """JPEGs -> crop and resize, of RGB or of the stored planes. One per thread: its buffers and codec are not shared.
 
-    libavcodec hands over a JPEG's planes as they are stored; libjpeg's wrappers convert to RGB first, at full size, for
-    a third of the whole cost (docs/performance.md).
+    libjpeg-turbo (simplejpeg) is the fastest way to RGB; libavcodec hands over the planes as they are stored, without
+    the conversion and for two thirds of the cost (docs/performance.md).
     """
 
     def __init__(self) -> None:
@@ -215,60 +235,69 @@ class _ClipDecoder:
         context = av.CodecContext.create("mjpeg", "r")
         assert isinstance(context, av.VideoCodecContext)
         context.thread_count = 1
+        context.options = {"idct": "xvid"}  # a tenth of the whole faster than the default, within two steps of it
         self._context = context
+        self._frame = bytearray()  # whole frame in RGB
+        self._small: np.ndarray = np.empty((0, 0, 3), np.uint8)  # its view, resized
 
     def decode(
         self, jpegs: Sequence[bytes], view: View, size: tuple[int, int], colour: Colour, out: np.ndarray
     ) -> None:
         if out.shape != clip_shape(len(jpegs), size, colour) or out.dtype != np.uint8:
             raise ValueError(f"out must be uint8 of shape {clip_shape(len(jpegs), size, colour)}, got {out.shape}")
+        top, left, height, width = (number // 2 * 2 for number in view[:4])
+        view = View(top, left, height, width, view.flip)
+        convert = self._to_yuv if colour == "yuv" else self._to_rgb
         done: dict[int, int] = {}  # a short video's repeated frames are the same bytes objects
         for number, jpeg in enumerate(jpegs):
             if id(jpeg) in done:
                 out[number] = out[done[id(jpeg)]]
-                continue
-            done[id(jpeg)] = number
-            planes = [_cut(plane, view, half) for plane, half in zip(self._planes(jpeg), (1, 2, 2), strict=True)]
-            (self._to_yuv if colour == "yuv" else self._to_rgb)(planes, size, view.flip, out[number])
+            else:
+                done[id(jpeg)] = number
+                convert(jpeg, view, size, out[number])
 
-    def _planes(self, jpeg: bytes) -> list[np.ndarray]:
+    def _to_rgb(self, jpeg: bytes, view: View, size: tuple[int, int], out: np.ndarray) -> None:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(jpeg)
+        if len(self._frame) != height * width * 3:
+            self._frame = bytearray(height * width * 3)
+        if self._small.shape != (*size, 3):
+            self._small = np.empty((*size, 3), np.uint8)
+        frame = simplejpeg.decode_jpeg(jpeg, fastupsample=True, buffer=self._frame)
+        top, left, h, w = _inside(view, height, width)
+        small = self._resize(frame[top : top + h, left : left + w], size, self._small)
+        self._cv2.split(self._cv2.flip(small, 1) if view.flip else small, [out[0], out[1], out[2]])
+
+    def _to_yuv(self, jpeg: bytes, view: View, size: tuple[int, int], out: np.ndarray) -> None:
         [frame] = self._context.decode(self._av.Packet(jpeg))
         if frame.format.name != "yuvj420p":
             raise ValueError(f"expected JPEGs in 4:2:0, found {frame.format.name}")
-        return [
-            np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
-            for plane in frame.planes
-        ]
-
-    def _to_yuv(self, planes: list[np.ndarray], size: tuple[int, int], flip: bool, out: np.ndarray) -> None:
+        top, left, h, w = _inside(view, frame.height, frame.width)
         height, width = size
-        ends = np.cumsum([0, height * width, height * width // 4, height * width // 4])
-        for plane, (start, end), half in zip(planes, itertools.pairwise(ends), (1, 2, 2), strict=True):
+        start, half = 0, 1
+        for plane in frame.planes:
+            pixels = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
+            end = start + height * width // half**2
             target = out[start:end].reshape(height // half, width // half)
-            self._resize(plane, (height // half, width // half), target)
-            if flip:
+            cut = pixels[top // half : (top + h) // half, left // half : (left + w) // half]
+            self._resize(cut, target.shape, target)
+            if view.flip:
                 self._cv2.flip(target, 1, dst=target)
+            start, half = end, 2
 
-    def _resize(self, plane: np.ndarray, size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
+    def _resize(self, pixels: np.ndarray, size: tuple[int, int], out: np.ndarray) -> np.ndarray:
         height, width = size
         # bilinear skips pixels where it shrinks by much; the mean over the area does not
-        shrinks = plane.shape[0] >= 1.5 * height and plane.shape[1] >= 1.5 * width
+        shrinks = pixels.shape[0] >= 1.5 * height and pixels.shape[1] >= 1.5 * width
         how = self._cv2.INTER_AREA if shrinks else self._cv2.INTER_LINEAR
-        resized: np.ndarray = self._cv2.resize(plane, (width, height), dst=out, interpolation=how)
-        return resized
-
-    def _to_rgb(self, planes: list[np.ndarray], size: tuple[int, int], flip: bool, out: np.ndarray) -> None:
-        y, u, v = (self._resize(plane, size) for plane in planes)
-        rgb = self._cv2.cvtColor(self._cv2.merge((y, v, u)), self._cv2.COLOR_YCrCb2RGB)  # full range BT.601: JFIF
-        self._cv2.split(self._cv2.flip(rgb, 1) if flip else rgb, [out[0], out[1], out[2]])
+        self._cv2.resize(pixels, (width, height), dst=out, interpolation=how)
+        return out
 
 
-def _cut(plane: np.ndarray, view: View, half: int) -> np.ndarray:
-    """The view's rectangle of a plane that has 1/half of the frame's resolution."""
-    top, left, height, width = (number // 2 * 2 // half for number in view[:4])
-    if top < 0 or left < 0 or height < 1 or width < 1 or top + height > plane.shape[0] or left + width > plane.shape[1]:
-        raise ValueError(f"{view} does not fit into frames of {plane.shape[0] * half}x{plane.shape[1] * half}")
-    return plane[top : top + height, left : left + width]
+def _inside(view: View, height: int, width: int) -> tuple[int, int, int, int]:
+    top, left, h, w = view[:4]
+    if top < 0 or left < 0 or h < 2 or w < 2 or top + h > height or left + w > width:
+        raise ValueError(f"{view} does not fit into frames of {height}x{width}")
+    return top, left, h, w
 
 
 def split_frames(sample: dict[str, Any]) -> list[bytes]:

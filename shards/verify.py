@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ import pyarrow.parquet as pq
 import simplejpeg
 
 from shards.datasets import scan
-from shards.decode import DecodeSettings
-from shards.format import FORMAT_VERSION
+from shards.decode import DecodeSettings, decoder_version, encoder_version
+from shards.format import FAILURES_SCHEMA, FORMAT_VERSION, INDEX_SCHEMA
 from shards.pack import (
     BuildError,
     OnVideo,
@@ -26,8 +27,11 @@ from shards.pack import (
     content_digest,
     finish,
     finished_part,
+    is_shard,
     locked,
     plan,
+    read_notes,
+    read_part,
     subset_counts,
 )
 
@@ -55,26 +59,35 @@ def verify(
     bytes of each shard that has been read.
     """
     folder = Path(folder)
-    manifest, problems = _read_manifest(folder)
-    rows = _read_index(folder, problems)
-    if not (folder / "failures.parquet").is_file():
-        problems.append(Problem(shard="", key="", reason="failures.parquet is missing"))
+    manifest, rows, problems = _read(folder)
     if manifest is None or rows is None:
         return problems
+
+    def fault(reason: str, key: str = "") -> None:
+        problems.append(Problem(shard="", key=key, reason=reason))
+
     if len(rows) != manifest["videos"] or sum(row["num_frames"] for row in rows) != manifest["frames"]:
-        problems.append(Problem(shard="", key="", reason="index.parquet and manifest.json count differently"))
+        fault("index.parquet and manifest.json count differently")
     elif content_digest(rows) != manifest["digest"] or subset_counts(rows) != manifest["subsets"]:
-        problems.append(Problem(shard="", key="", reason="index.parquet is not the one that manifest.json describes"))
+        fault("index.parquet is not the one that manifest.json describes")
+    names = manifest["class_names"]
+    for row in rows:
+        if not 0 <= row["label"] < len(names) or names[row["label"]] != row["class_name"]:
+            fault(f"label {row['label']} is not its class {row['class_name']!r} in manifest.json", row["key"])
+    if sum(bool(row["decode_errors"]) for row in rows) != manifest["decoded_with_errors"]:
+        fault("index.parquet and manifest.json count the videos with decode errors differently")
     listed = {shard["shard"]: shard for shard in manifest["shards"]}
     by_shard: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in listed}
     for row in rows:
         if row["shard"] not in listed:
-            problems.append(Problem(shard=row["shard"], key=row["key"], reason="the manifest lists no such shard"))
+            fault(f"index.parquet places it in {row['shard']!r}, which manifest.json does not list", row["key"])
         else:
             by_shard[row["shard"]][row["key"]] = row
-    for path in sorted([*folder.glob("shard-*.tar"), *folder.glob("shard-*.tmp")]):
+    for path in sorted([*folder.glob("shard-*.tar"), *folder.glob("shard-*.tar.tmp")]):
         if path.name not in listed:
-            problems.append(Problem(shard=path.name, key="", reason="no part of this folder's manifest"))
+            problems.append(
+                Problem(shard=path.name, key="", reason="no part of this folder's manifest; move it elsewhere")
+            )
     frame = (manifest["decode"]["height"], manifest["decode"]["width"])
 
     def check(name: str) -> list[Problem]:
@@ -89,28 +102,63 @@ def verify(
     return problems
 
 
-def _read_manifest(folder: Path) -> tuple[dict[str, Any] | None, list[Problem]]:
+def _read(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None, list[Problem]]:
+    """Manifest, index and what is wrong with them or the failure table; None for one that cannot be used at all."""
+    problems: list[Problem] = []
+    manifest: dict[str, Any] | None = None
+    rows: list[dict[str, Any]] | None = None
+    failed: int | None = None
+    described: dict[str, Any] = {}
+
+    def fault(name: str, error: object) -> None:
+        problems.append(Problem(shard="", key="", reason=f"{name} cannot be read ({error})"))
+
+    # whatever is wrong with these files must end as a line that `repair` can act on
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text("utf-8"))
-        wanted = {"format", "videos", "frames", "digest", "subsets", "shards", "decode"}
-        if not wanted <= manifest.keys():
-            raise ValueError(f"no {', '.join(sorted(wanted - manifest.keys()))} in it")
-        if manifest["format"] > FORMAT_VERSION:
-            raise ValueError(f"format {manifest['format']}, this version knows up to {FORMAT_VERSION}")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        return None, [Problem(shard="", key="", reason=f"manifest.json cannot be read ({error})")]
-    return manifest, []
+        rows, described = _read_index(folder / "index.parquet")
+    except Exception as error:
+        fault("index.parquet", error)
+    try:
+        table = pq.read_table(folder / "failures.parquet")
+        if not set(FAILURES_SCHEMA.names) <= set(table.column_names):
+            raise ValueError(f"its columns are {', '.join(table.column_names)}")
+        failed = len(table)
+    except Exception as error:
+        fault("failures.parquet", error)
+    try:
+        manifest = _read_manifest(folder / "manifest.json")
+    except Exception as error:
+        fault("manifest.json", error)
+    if manifest is not None and failed not in (None, manifest["failed"]):
+        problems.append(Problem(shard="", key="", reason="failures.parquet and manifest.json count differently"))
+    if manifest is not None and rows is not None and described != manifest["decode"]:
+        problems.append(Problem(shard="", key="", reason="index.parquet and manifest.json name other decode settings"))
+    return manifest, rows, problems
 
 
-def _read_index(folder: Path, problems: list[Problem]) -> list[dict[str, Any]] | None:
-    try:
-        rows: list[dict[str, Any]] = pq.read_table(folder / "index.parquet").to_pylist()
-        for row in rows:
-            row["key"], row["shard"], row["offset"], row["length"], row["num_frames"], row["frame_offsets"]
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are OSError and ValueError
-        problems.append(Problem(shard="", key="", reason=f"index.parquet cannot be read ({error})"))
-        return None
-    return rows
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    if manifest["format"] != FORMAT_VERSION:
+        raise ValueError(f"format {manifest['format']}, this version verifies {FORMAT_VERSION}")
+    for name in ("videos", "frames", "failed", "decoded_with_errors"):
+        int(manifest[name])
+    for shard in manifest["shards"]:
+        if not is_shard(shard["shard"]) or not isinstance(shard["bytes"], int) or not isinstance(shard["sha256"], str):
+            raise ValueError(f"its entry {shard!r} names no shard")
+    manifest["digest"], manifest["subsets"], manifest["class_names"][0]
+    manifest["decode"]["height"], manifest["decode"]["width"]
+    return manifest
+
+
+def _read_index(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    table = pq.read_table(path)
+    if not table.schema.equals(INDEX_SCHEMA):
+        raise ValueError("its columns are not those of this format")
+    optional = {"split1", "split2", "split3"}
+    holes = [name for name in table.column_names if table[name].null_count and name not in optional]
+    if holes or not len(table):
+        raise ValueError(f"values are missing in {', '.join(holes)}" if holes else "it is empty")
+    return table.to_pylist(), json.loads(table.schema.metadata[b"decode"])
 
 
 def _check_shard(
@@ -203,54 +251,64 @@ def repair(
 ) -> tuple[list[Problem], list[str]]:
     """Rebuilds the shards that `verify` names, and index and manifest; (problems found, shards rebuilt).
 
-    The videos are looked for where the build found them, unless `videos` (and `splits`) say where they are now. Raises
-    BuildError when the folder has no notes of its build, when the videos or the decoder are not those of the build (the
-    sound shards would no longer fit), and when something is still wrong afterwards.
+    What comes out is what the build made, to the byte, or nothing: a shard is replaced only when its successor is
+    complete and has the sha256 on record. The videos are looked for where the build found them, unless `videos` (and
+    `splits`) say where they are now. Raises BuildError when the folder has no notes of its build, when the videos or
+    the decoder are not those of the build, and when something is still wrong afterwards.
     """
     folder = Path(folder)
-    notes_path = folder / "parts" / "build.json"
-    try:
-        notes = json.loads(notes_path.read_text("utf-8"))
-        settings = DecodeSettings(**notes["settings"])
-        videos = Path(videos or notes["videos"])
-        splits = splits or (Path(notes["splits"]) if notes["splits"] else None)
-        dataset_name, num_shards, max_failed = notes["dataset"], notes["num_shards"], notes["max_failed"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BuildError(f"{notes_path}: cannot be read ({error}); run `pasnet shards build` instead") from error
+    notes = read_notes(folder)
+    if not notes:
+        raise BuildError(f"{folder / 'parts' / 'build.json'}: missing or damaged; run `pasnet shards build` instead")
+    settings = DecodeSettings(**notes["settings"])
+    videos = Path(videos or notes["videos"])
+    splits = splits or (Path(notes["splits"]) if notes["splits"] else None)
     with locked(folder):
         first = problems = verify(folder, workers=workers, on_shard=on_shard)
         rebuilt: set[str] = set()
         for _ in range(2):  # once more where there was no manifest at first, and so nothing to hold the tars against
             if not problems:
                 break
-            dataset = scan(dataset_name, videos, splits)
-            plans = plan(dataset, settings, num_shards=num_shards)
-            bad = {problem.shard for problem in problems} - {""}
-            _refuse_strangers(folder, plans, bad)
-            for name in bad:
-                (folder / name).unlink(missing_ok=True)
-                (folder / "parts" / f"{name}.json").unlink(missing_ok=True)
+            now = [decoder_version(settings.decoder), encoder_version()]
+            if now != notes["versions"]:
+                raise BuildError(
+                    f"{folder}: was made by {', '.join(notes['versions'])}, here are {', '.join(now)}, whose bytes may "
+                    f"differ; install those, or build everything anew with `pasnet shards build`"
+                )
+            dataset = scan(notes["dataset"], videos, splits)
+            plans = plan(dataset, settings, num_shards=len(notes["plans"]))
+            others = [shard.name for shard in plans if notes["plans"].get(shard.name) != shard.digest]
+            if others or len(plans) != len(notes["plans"]):
+                raise BuildError(
+                    f"{videos}: not the videos (or lists) that {len(others)} shards of {folder}, such as {others[0]}, "
+                    f"were made from; say where those are with --videos and --splits, or build anew with "
+                    f"`pasnet shards build`"
+                )
+            expected = _sums(folder, notes["plans"])  # before the parts go
+            for name in {problem.shard for problem in problems} & notes["plans"].keys():
+                (folder / "parts" / f"{name}.json").unlink(missing_ok=True)  # the tar stays until the next is complete
             todo = [shard for shard in plans if finished_part(shard, folder) is None]
+
+            def mend(shard: ShardPlan, expected: dict[str, str] = expected) -> None:
+                build_shard(shard, folder, settings, on_video, expected=expected.get(shard.name))
+
             with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(lambda shard: build_shard(shard, folder, settings, on_video), todo))
+                list(pool.map(mend, todo))
             rebuilt |= {shard.name for shard in todo}
-            finish(dataset, plans, folder, settings, max_failed=max_failed)
+            finish(dataset, plans, folder, settings, max_failed=notes["max_failed"])
             problems = verify(folder, workers=workers)
         if problems:
             raise BuildError(f"{folder}: {len(problems)} problems are left after the repair, such as {problems[0]}")
     return first, sorted(rebuilt)
 
 
-def _refuse_strangers(folder: Path, plans: Sequence[ShardPlan], bad: set[str]) -> None:
-    """Else sound shards of another plan would be rebuilt without a word, and the folder would become another one."""
-    strangers = [
-        shard.name
-        for shard in plans
-        if shard.name not in bad and (folder / shard.name).is_file() and finished_part(shard, folder) is None
-    ]
-    if len(strangers) > len(plans) // 2:  # a lost part file or two are another matter
-        raise BuildError(
-            f"{folder}: {len(strangers)} sound shards, such as {strangers[0]}, were made from other videos or by "
-            f"another decoder than is here now; install that one (manifest.json names it), give the videos with "
-            f"--videos, or build everything anew with `pasnet shards build`"
-        )
+def _sums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The sha256 of each shard as it was built, from its part, else from the manifest; absent where both are lost."""
+    sums = {}
+    with contextlib.suppress(Exception):  # a damaged manifest knows nothing
+        sums = {shard["shard"]: str(shard["sha256"]) for shard in _read_manifest(folder / "manifest.json")["shards"]}
+    for name in names:
+        part = read_part(name, folder)
+        if part is not None:
+            sums[name] = part["sha256"]
+    return sums

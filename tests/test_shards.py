@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,7 @@ from shards import (
     BuildError,
     Dataset,
     DatasetError,
+    DecodedVideo,
     DecodeError,
     DecodeSettings,
     ShardError,
@@ -48,9 +48,9 @@ from shards import (
     segment_indices,
     verify,
 )
-from shards.decode import decoder_version, open_video
+from shards.decode import DecoderStoppedError, decoder_version, open_video
 from shards.decode_ffmpeg import ffmpeg_exe, passthrough
-from shards.format import INDEX_SCHEMA
+from shards.format import FAILURES_SCHEMA, INDEX_SCHEMA
 from shards.pack import estimate_bytes, write_parquet
 from shards.read import split_frames
 
@@ -142,6 +142,7 @@ class TestDecode:
             ("-pix_fmt", "gray", "-c:v", "ffv1"),
             ("-pix_fmt", "bgr0", "-c:v", "ffv1"),
             ("-colorspace", "bt709", "-c:v", "mpeg4"),
+            ("-flags", "+ilme+ildct", "-vf", "setfield=tff", "-c:v", "mpeg2video"),
         ],
     )
     def test_both_decoders_see_the_same_planes(self, tmp_path: Path, options: tuple[str, ...]) -> None:
@@ -237,6 +238,30 @@ class TestDecode:
             counts.append(len(decoded.jpegs))
             assert decoded.source.errors
         assert counts[0] == counts[1] and counts[0] in (39, 40)  # the damage may cover the start of a frame
+
+    def test_a_cut_avi_is_noted(self, tmp_path: Path, settings: DecodeSettings) -> None:
+        video = make_video(tmp_path / "a.avi", 60)
+        video.write_bytes(video.read_bytes()[: video.stat().st_size * 6 // 10])
+        decoded = decode_video(video, settings)
+        assert 20 < len(decoded.jpegs) < 50 and "the file is cut" in decoded.source.errors
+
+    def test_what_is_on_record_is_the_stream_and_not_a_title(self, tmp_path: Path, settings: DecodeSettings) -> None:
+        title = ("-metadata", "title=Stream #0:0: Video: foo, 99x99, 7 fps", "-c:v", "mpeg4")
+        ntsc = ("-vf", "fps=30000/1001")
+        for name, codec in (("a.mkv", "mpeg4"), ("a.ts", "mpeg2video")):
+            encoder = (*title[:2], "-c:v", codec)
+            source = decode_video(make_video(tmp_path / name, 8, extra=ntsc, encoder=encoder), settings).source
+            assert (source.codec, source.width, source.height) == (codec, 320, 240)
+            assert abs(source.fps - 30000 / 1001) < 1e-6
+
+    def test_a_cover_picture_is_not_the_video(self, tmp_path: Path, settings: DecodeSettings) -> None:
+        video, cover = make_video(tmp_path / "a.mkv", 7), make_video(tmp_path / "c.jpg", 1, encoder=("-c:v", "mjpeg"))
+        inputs = ["-i", str(cover), "-i", str(video), "-map", "0", "-map", "1", "-c", "copy"]
+        marks = ["-disposition:v:0", "0", "-disposition:v:1", "default"]
+        both = str(tmp_path / "both.mkv")
+        subprocess.run([ffmpeg_exe(), "-v", "error", "-y", *inputs, *marks, both], check=True)
+        decoded = decode_video(Path(both), settings)
+        assert (len(decoded.jpegs), decoded.source.codec) == (7, "mpeg4")
 
     @pytest.mark.parametrize(
         "wrong",
@@ -398,12 +423,13 @@ class TestFormat:
             code = snippet.replace("OUT/", f"{shard_folder}/").replace('"OUT"', repr(str(shard_folder)))
             exec(compile(code, "shards/README.md", "exec"), {})
 
-    def test_every_shard_holds_every_class(self, shard_folder: Path) -> None:
-        # 12 videos of 3 classes over 8 shards: neighbours in class order never share a shard
-        for tar in shard_folder.glob("*.tar"):
-            with tarfile.open(tar) as file:
-                classes = [name.split("/")[0] for name in file.getnames() if name.endswith(".json")]
-            assert len(classes) == len(set(classes))
+    def test_every_shard_holds_every_class(self, videos: Path) -> None:
+        # 12 videos of 3 classes, 4 of each: over 4 shards each holds one of each class, over 8 none holds two of one
+        dataset = scan(*find_dataset(videos))
+        for count in (4, 8):
+            for shard in shards.plan(dataset, SETTINGS, num_shards=count):
+                classes = [video.class_name for video in shard.videos]
+                assert len(classes) == len(set(classes)) and (count == 8 or len(classes) == 3)
 
     def test_frames_are_the_videos_frames(self, videos: Path, shard_folder: Path) -> None:
         store = open_shards(shard_folder)
@@ -414,7 +440,9 @@ class TestFormat:
 
     def test_repeated_and_wrong_indices(self, shard_folder: Path) -> None:
         store = open_shards(shard_folder)
-        assert store.read_frames(0, [2, 2, 0]).shape == (3, 256, 340, 3)
+        third, again, first = store.read_frames(0, [2, 2, 0])
+        assert (third == again).all() and (third == store.read_frames(0, [2])[0]).all()
+        assert (first == simplejpeg.decode_jpeg(store.read_jpegs(0, [0])[0])).all() and (first != third).any()
         with pytest.raises(IndexError, match=r"frame 99 asked for"):
             store.read_jpegs(0, [99])
 
@@ -579,11 +607,11 @@ class TestVerifyAndRepair:
         [
             ("frame", "its frames are damaged (sha256 differs)"),
             ("json", "in the tar"),
-            ("header", ""),
+            ("header", "the tar does not hold it"),
             ("padding", "headers or padding"),
             ("cut", "cannot be read to its end"),
             ("lost", "the file is missing"),
-            ("swapped", "lies at"),
+            ("swapped", "the tar holds it, the index does not list it"),
         ],
     )
     def test_harm_is_named_and_only_that_is_rebuilt(
@@ -612,7 +640,7 @@ class TestVerifyAndRepair:
             tar.write_bytes(content)
         problems = verify(folder)
         assert problems and {problem.shard for problem in problems} == {tar.name}
-        assert any(named in problem.reason for problem in problems) or harm == "swapped"
+        assert any(named in problem.reason for problem in problems)
         if harm in ("frame", "json"):
             assert len(problems) == 1 and problems[0].key
         untouched = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar") if path != tar}
@@ -642,10 +670,12 @@ class TestVerifyAndRepair:
         assert digest_of(folder) == digest_of(shard_folder)
 
     def test_an_index_that_was_changed(self, folder: Path, shard_folder: Path) -> None:
-        rows = index_of(folder)
+        rows, metadata = index_of(folder), pq.read_schema(folder / "index.parquet").metadata
         rows[0]["label"] += 1
-        write_parquet(folder / "index.parquet", rows, INDEX_SCHEMA)
-        assert any("index.parquet is not the one" in problem.reason for problem in verify(folder))
+        write_parquet(folder / "index.parquet", rows, INDEX_SCHEMA, metadata)
+        problems = verify(folder)
+        assert any("index.parquet is not the one" in problem.reason for problem in problems)
+        assert any(problem.key == rows[0]["key"] and "is not its class" in problem.reason for problem in problems)
         repair(folder)
         assert digest_of(folder) == digest_of(shard_folder)
 
@@ -653,8 +683,10 @@ class TestVerifyAndRepair:
         (folder / "shard-00099.tar").write_bytes(b"x")
         (folder / "my-notes.tar").write_bytes(b"x")
         assert [problem.shard for problem in verify(folder)] == ["shard-00099.tar"]
-        repair(folder)
-        assert not (folder / "shard-00099.tar").exists() and (folder / "my-notes.tar").exists()
+        with pytest.raises(BuildError, match=r"shard-00099\.tar: no part of this folder's manifest; move it elsewhere"):
+            repair(folder)
+        assert (folder / "shard-00099.tar").exists() and (folder / "my-notes.tar").exists()
+        assert [problem.shard for problem in verify(folder)] == ["shard-00099.tar"]
 
     def test_videos_that_moved_or_are_gone(self, videos: Path, tmp_path: Path) -> None:
         data = Path(shutil.copytree(videos, tmp_path / "data"))
@@ -671,10 +703,95 @@ class TestVerifyAndRepair:
     def test_another_decoder_is_refused(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sorted(folder.glob("*.tar"))[0].unlink()
         before = digest_of(folder)
-        monkeypatch.setattr("shards.pack.decoder_version", lambda decoder: "another")
-        with pytest.raises(BuildError, match=r"7 sound shards.*by another decoder"):
+        monkeypatch.setattr(sys.modules["shards.verify"], "decoder_version", lambda decoder: "another")
+        with pytest.raises(BuildError, match=r"was made by .*, here are another, "):
             repair(folder)
         assert digest_of(folder) == before
+
+    def test_another_source_is_refused_and_nothing_touched(self, videos: Path, tmp_path: Path) -> None:
+        data = Path(shutil.copytree(videos, tmp_path / "data"))
+        build(scan(*find_dataset(data)), tmp_path / "out", num_shards=4)
+        row = index_of(tmp_path / "out")[0]
+        source, tar = data / "videos" / row["video"], tmp_path / "out" / row["shard"]
+        original, whole = source.read_bytes(), tar.read_bytes()
+        damaged = whole[: row["offset"]] + bytes(300) + whole[row["offset"] + 300 :]
+        tar.write_bytes(damaged)
+        source.write_bytes(original + bytes(2))  # another file, of another size
+        with pytest.raises(BuildError, match=r"not the videos .* that 1 shards"):
+            repair(tmp_path / "out")
+        longest = max((data / "videos").rglob("*.avi"), key=lambda path: path.stat().st_size).read_bytes()
+        source.write_bytes(longest[: len(original)].ljust(len(original), b"\0"))  # another file, of the same size
+        with pytest.raises(BuildError, match=f"{row['shard']}: would become another shard than it was"):
+            repair(tmp_path / "out")
+        assert tar.read_bytes() == damaged
+        source.write_bytes(original)
+        assert repair(tmp_path / "out")[1] == [row["shard"]] and tar.read_bytes() == whole
+
+    def test_names_in_a_damaged_index_are_not_acted_on(self, folder: Path) -> None:
+        precious = folder.parent / "precious.txt"
+        precious.write_text("mine")
+        rows, metadata = index_of(folder), pq.read_schema(folder / "index.parquet").metadata
+        rows[0]["shard"], rows[1]["shard"] = "../precious.txt", "notes.txt"
+        (folder / "notes.txt").write_text("mine")
+        write_parquet(folder / "index.parquet", rows, INDEX_SCHEMA, metadata)
+        assert any("places it in '../precious.txt'" in problem.reason for problem in verify(folder))
+        repair(folder)
+        assert verify(folder) == []
+        assert precious.read_text() == (folder / "notes.txt").read_text() == "mine"
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("manifest.json", b"{"),
+            ("manifest.json", b"[]"),
+            ("manifest.json", b'{"format": 2, "shards": null}'),
+            ("manifest.json", b'{"format": 2, "shards": [{"shard": "../x", "bytes": 1, "sha256": ""}]}'),
+            ("index.parquet", b"junk"),
+            ("index.parquet", None),
+            ("failures.parquet", b"junk"),
+        ],
+    )
+    def test_damaged_notes_are_a_line_and_mended(
+        self, folder: Path, shard_folder: Path, name: str, content: bytes | None
+    ) -> None:
+        if content is None:  # a sound Parquet file of another kind
+            write_parquet(folder / name, [], FAILURES_SCHEMA)
+        else:
+            (folder / name).write_bytes(content)
+        assert [f"{name} cannot be read" in problem.reason for problem in verify(folder)] == [True]
+        if (
+            name != "failures.parquet"
+            and content != b'{"format": 2, "shards": null}'
+            and b"../x" not in (content or b"")
+        ):
+            with pytest.raises(ShardError, match=r"run `pasnet shards repair|not a finished"):
+                open_shards(folder)
+        assert repair(folder)[1] == []
+        assert digest_of(folder) == digest_of(shard_folder)
+
+    def test_a_manifest_that_was_changed(self, folder: Path) -> None:
+        path, whole = folder / "manifest.json", json.loads((folder / "manifest.json").read_text())
+        changes: list[dict[str, Any]] = [
+            {"class_names": whole["class_names"][::-1]},
+            {"class_names": whole["class_names"][:1]},
+            {"failed": 3},
+            {"decode": {**whole["decode"], "quality": 50}},
+            {"videos": 11},
+            {"decoded_with_errors": 1},
+        ]
+        for change in changes:
+            path.write_text(json.dumps(whole | change))
+            assert verify(folder), change
+        repair(folder)
+        assert json.loads(path.read_text()) == whole
+
+    def test_a_damaged_part_is_built_again(self, folder: Path, videos: Path, shard_folder: Path) -> None:
+        for path, harm in zip(
+            sorted((folder / "parts").glob("shard-*")), (b'"label": 0', b'"records": [', b'"sources"'), strict=False
+        ):
+            path.write_bytes(path.read_bytes().replace(harm, harm[:-1] + b"x"))
+        build(scan(*find_dataset(videos)), folder, num_shards=8)
+        assert verify(folder) == [] and digest_of(folder) == digest_of(shard_folder)
 
     def test_one_build_at_a_time(self, folder: Path, videos: Path) -> None:
         with locked(folder):
@@ -703,6 +820,96 @@ class TestVerifyAndRepair:
         with pytest.raises(BuildError, match="the disk is full"):
             build(scan(*find_dataset(videos)), tmp_path)
         assert not list(tmp_path.glob("shard-*"))
+
+
+class TestNothingOfOthers:
+    def test_tars_of_somebody_else(self, videos: Path, tmp_path: Path) -> None:
+        for name in ("shard-00000.tar", "shard-train-7.tar", "shard-foo.tmp", "shard-foo.tar.tmp"):
+            (tmp_path / name).write_text("mine")
+        dataset = scan(*find_dataset(videos))
+        with pytest.raises(BuildError, match=r"shard-00000\.tar: was made by no build"):
+            build(dataset, tmp_path)
+        (tmp_path / "shard-00000.tar").unlink()
+        build(dataset, tmp_path)
+        left = {path.name for path in tmp_path.glob("shard-*") if not re.fullmatch(r"shard-\d{5}\.tar", path.name)}
+        assert left == {"shard-train-7.tar", "shard-foo.tmp", "shard-foo.tar.tmp"}
+
+    def test_another_dataset(self, videos: Path, shard_folder: Path, tmp_path: Path) -> None:
+        copy = Path(shutil.copytree(shard_folder, tmp_path / "copy"))
+        other = tmp_path / "mine" / "c"
+        other.mkdir(parents=True)
+        shutil.copy(sorted((videos / "videos").rglob("*.avi"))[0], other)
+        with pytest.raises(BuildError, match="holds the shards of synthetic with 3 classes"):
+            build(scan("folder", other.parent), copy)
+        assert digest_of(copy) == digest_of(shard_folder)
+
+    def test_a_source_replaced_by_one_of_the_same_size(self, videos: Path, tmp_path: Path) -> None:
+        data = Path(shutil.copytree(videos, tmp_path / "data"))
+        dataset = scan(*find_dataset(data))
+        before = build(dataset, tmp_path / "out")["digest"]
+        path = dataset.videos[0].path
+        other = min((video.path for video in dataset.videos[1:]), key=lambda path: path.stat().st_size)
+        size = max(path.stat().st_size, other.stat().st_size)
+        path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+        padded = build(scan(*find_dataset(data)), tmp_path / "out")["digest"]
+        assert padded == before  # the same frames
+        path.write_bytes(other.read_bytes().ljust(size, b"\0"))
+        assert build(scan(*find_dataset(data)), tmp_path / "out")["digest"] != before
+
+    def test_an_ffmpeg_that_is_killed_is_no_bad_video(
+        self, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dataset, popen = scan(*find_dataset(videos)), subprocess.Popen
+
+        def killed(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+            process = popen(command, **options)
+            if dataset.videos[5].path.name in command[command.index("-i") + 1]:
+                process.kill()
+            return process
+
+        with monkeypatch.context() as patched:
+            patched.setattr("shards.decode_ffmpeg.subprocess.Popen", killed)
+            with pytest.raises(DecoderStoppedError, match="ffmpeg was stopped"):
+                build(dataset, tmp_path, num_shards=4)
+        assert not (tmp_path / "manifest.json").exists()
+        assert build(dataset, tmp_path, num_shards=4)["failed"] == 0
+
+    def test_failures_are_kept_until_they_are_to_be_tried_again(
+        self, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dataset, decode = scan(*find_dataset(videos)), shards.decode_video
+
+        def flaky(video: Path, settings: DecodeSettings) -> DecodedVideo:
+            if video == dataset.videos[3].path:
+                raise DecodeError(video, "a bad day")
+            return decode(video, settings)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("shards.pack.decode_video", flaky)
+            assert build(dataset, tmp_path, num_shards=4)["failed"] == 1
+        assert build(dataset, tmp_path, num_shards=4)["failed"] == 1
+        assert build(dataset, tmp_path, num_shards=4, retry_failed=True)["failed"] == 0
+
+    def test_class_folders_that_webdataset_would_skip(self, videos: Path, tmp_path: Path) -> None:
+        sources = sorted((videos / "videos").rglob("*.avi"))
+        for number, name in enumerate(("__background__", "a__b__", "___", "plain_")):
+            (tmp_path / "mine" / name).mkdir(parents=True)
+            shutil.copy(sources[number], tmp_path / "mine" / name / "__clip__.x.avi")
+        build(scan("folder", tmp_path / "mine"), tmp_path / "out", num_shards=2)
+        seen = [
+            json.loads(s["json"])["class_name"]
+            for s in webdataset.WebDataset(urls_of(tmp_path / "out"), shardshuffle=False)
+        ]
+        assert sorted(seen) == sorted(("__background__", "a__b__", "___", "plain_"))
+
+    def test_the_same_failure_gives_the_same_bytes(self, videos: Path, tmp_path: Path) -> None:
+        data = Path(shutil.copytree(videos, tmp_path / "data"))
+        victim = sorted((data / "videos").rglob("*.avi"))[0]
+        victim.write_bytes(victim.read_bytes()[:2000])
+        for name in ("one", "other"):
+            build(scan(*find_dataset(data)), tmp_path / name)
+        assert shards.failures(tmp_path / "one")[0]["detail"]
+        assert digest_of(tmp_path / "one") == digest_of(tmp_path / "other")
 
 
 class TestPlan:
