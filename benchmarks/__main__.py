@@ -53,9 +53,7 @@ def run(part: str, arguments: argparse.Namespace, scratch: Path) -> tuple[dict[s
         if part == "build":
             from benchmarks import shards_build
 
-            content = shards_build.run(
-                folder, dataset, arguments.rounds, scratch, all_videos=2 * arguments.videos if arguments.data else 0
-            )
+            content = shards_build.run(folder, dataset, arguments.rounds, scratch, all_videos=0)
         else:
             from benchmarks import shards_read
 

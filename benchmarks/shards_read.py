@@ -660,9 +660,15 @@ def run(dataset: Dataset, rounds: int, scratch: Path) -> dict[str, Any]:
         bound(f"loader, planes: >= 3.5x {USUAL}", faster(USUAL), lambda v: v >= 3.5),
         bound(f"loader, planes: >= 1.3x {RAWFRAMES}, uint8", faster(RAWFRAMES), lambda v: v >= 1.3),
         bound(f"loader, planes: >= 0.9x {RAW}", faster(RAW), lambda v: v >= 0.9),
-        bound(f"loader, RGB: >= 3.5x {USUAL}", faster(USUAL, OURS), lambda v: v >= 3.5),
-        bound(f"loader, RGB: >= 1.3x {RAWFRAMES}, uint8", faster(RAWFRAMES, OURS), lambda v: v >= 1.3),
-        bound(f"loader, RGB: >= 0.9x {RAW}", faster(RAW, OURS), lambda v: v >= 0.9),
+        bound(
+            f"for comparison, RGB through a plain DataLoader: >= 3.5x {USUAL}", faster(USUAL, OURS), lambda v: v >= 3.5
+        ),
+        bound(
+            f"for comparison, RGB through a plain DataLoader: >= 1.3x {RAWFRAMES}, uint8",
+            faster(RAWFRAMES, OURS),
+            lambda v: v >= 1.3,
+        ),
+        bound(f"for comparison, RGB through a plain DataLoader: >= 0.9x {RAW}", faster(RAW, OURS), lambda v: v >= 0.9),
     ]
     return {
         "what": f"K = {K} random segment frames under one random crop, uint8 (16, 3, 224, 224); page cache warm",

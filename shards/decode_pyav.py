@@ -57,7 +57,7 @@ class PyAVDecoder:
             context.thread_count = 1  # a video a worker; threads of the codec would count a worker twice
             context.options = {"max_pixels": str(self.settings.max_pixels)}
             reformatter, complaints = VideoReformatter(), Counter[str]()
-            count = packets = faults = 0
+            count = packets = faults = turns = 0
             # read before decoding: a damaged frame can change the context
             source = SourceInfo(
                 codec=context.codec.canonical_name,
@@ -86,8 +86,10 @@ class PyAVDecoder:
                 for frame in frames:
                     if frame.is_corrupt:
                         complaints["corrupt decoded frame"] += 1
+                    if count == 0:  # asked once: a frame that has shown its side data lives until the next collection
+                        turns = self._turns(frame)
                     count += 1
-                    yield self._planes(frame, reformatter)
+                    yield self._planes(frame, turns, reformatter)
                 if packet is None:
                     break
         said = "; ".join(f"{words} ({times} times)" for words, times in complaints.items())
@@ -96,9 +98,8 @@ class PyAVDecoder:
             raise DecodeError(self.video, found + (said or "no frame could be decoded"), said)
         self.info = dataclasses.replace(source, errors=said)
 
-    def _planes(self, frame: av.VideoFrame, reformatter: VideoReformatter) -> Planes:
+    def _planes(self, frame: av.VideoFrame, turns: int, reformatter: VideoReformatter) -> Planes:
         """Scaled like decode_ffmpeg.py's `scale` filter; upright, as ffmpeg's command turns a rotated source."""
-        turns = self._turns(frame)
         h, w = self.settings.height, self.settings.width
         if turns % 2:
             h, w = w, h
