@@ -193,7 +193,8 @@ def read_notes(out: Path) -> dict[str, Any]:
     """What `write_notes` wrote, {} where there is none or it is damaged."""
     try:
         notes = json.loads((Path(out) / "parts" / "build.json").read_text("utf-8"))
-        return notes if {"dataset", "class_names", "videos", "splits", "settings", "plans"} <= notes.keys() else {}
+        wanted = {"dataset", "class_names", "videos", "splits", "settings", "versions", "max_failed", "plans"}
+        return notes if wanted <= notes.keys() else {}
     except (OSError, ValueError, AttributeError):
         return {}
 
@@ -237,8 +238,8 @@ def build_shard(
     if expected not in (None, digest):
         scratch.unlink()
         raise BuildError(
-            f"{tar_path}: would become another shard than it was: its videos, or a library, have changed since; build "
-            f"anew with `pasnet shards build` if you want that (delete the shard first)"
+            f"{tar_path}: would become another shard than it was: its videos, or a library, have changed since; run "
+            f"`pasnet shards build` if that is meant"
         )
     part: dict[str, Any] = {
         "plan": shard.digest,
