@@ -17,6 +17,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import ffmpeg
 import numpy as np
@@ -79,6 +80,9 @@ class FFmpegDecoder:
     def __iter__(self) -> Iterator[Planes]:
         h, w = self.settings.height, self.settings.width
         frame_bytes = h * w * 3 // 2
+        pixels = np.empty(frame_bytes, np.uint8)  # one frame's place, filled again and again
+        frame, chroma = pixels.data, pixels[h * w :].reshape(2, h // 2, w // 2)
+        planes = pixels[: h * w].reshape(h, w), chroma[0], chroma[1]
         count, overran = 0, threading.Event()
         with tempfile.TemporaryFile() as words_file:  # a pipe could fill up and block ffmpeg
             process = subprocess.Popen(
@@ -86,6 +90,7 @@ class FFmpegDecoder:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=words_file,
+                bufsize=0,
                 start_new_session=True,  # Ctrl-C is for the build, which ends its decoders itself
             )
             assert process.stdout is not None
@@ -104,11 +109,9 @@ class FFmpegDecoder:
             watchdog.start()
             try:
                 assert process.stdout is not None
-                while len(raw := process.stdout.read(frame_bytes)) == frame_bytes:
-                    planes = np.frombuffer(raw, np.uint8)
-                    y, chroma = planes[: h * w].reshape(h, w), planes[h * w :].reshape(2, h // 2, w // 2)
+                while (filled := _fill(process.stdout, frame)) == frame_bytes:
                     count += 1
-                    yield y, chroma[0], chroma[1]
+                    yield planes
                 code = process.wait()
             finally:
                 watchdog.cancel()
@@ -125,12 +128,23 @@ class FFmpegDecoder:
                 f"{self.video}: ffmpeg was stopped (signal {-code if code < 0 else 'from outside'}); if the machine is "
                 f"short of memory use fewer --workers, then start again"
             )
-        if code != 0 or count == 0 or raw:
+        if code != 0 or count == 0 or filled:
             found = f"after {count} frames: " if count else ""
             raise DecodeError(self.video, found + _last_words(words), words)
         self.info = _source_info(words)
         if self.info is None:
             raise DecodeError(self.video, "ffmpeg names no video stream", words)
+
+
+def _fill(pipe: IO[bytes], frame: memoryview) -> int:
+    """Reads until `frame` is full or the pipe ends; how many bytes it got."""
+    filled = 0
+    while filled < len(frame):
+        got = pipe.readinto(frame[filled:])  # type: ignore[attr-defined]  # of FileIO, which bufsize=0 gives
+        if not got:
+            break
+        filled += got
+    return filled
 
 
 def _source_info(words: str) -> SourceInfo | None:
