@@ -133,7 +133,7 @@ class Peer:
 
     def clip(self, draw: Draw) -> Any:
         """The clip of one draw, by random access."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} reads in passes over whole shards; ask for clips()")
 
     def clips(self, draws: dict[int, Draw]) -> Iterator[tuple[int, Any]]:
         """(video, clip) of every draw, which are by video; in any order."""

@@ -208,13 +208,12 @@ class TestLoop:
             replace(config, changes)
 
     def test_the_loss_falls(self, config: TrainConfig, tmp_path: Path) -> None:
-        changes = {"optim.epochs": 50, "optim.lr": 0.02, "model.dropout": 0, "model.width": 0.125, "optim.batch": 9}
+        changes = {"optim.epochs": 80, "optim.lr": 0.02, "model.dropout": 0, "model.width": 0.125, "optim.batch": 9}
         changes |= {"optim.micro_batch": 9, "data.flip": False, "data.scales": (1.0,), "data.input_size": 64, "seed": 3}
         train(replace(config, changes), tmp_path)
         history = json.loads((tmp_path / "history.json").read_text())
-        # 9 clips under random frames and crops: an epoch's numbers jump, chance would be a loss of ln 3 = 1.10 and 33 %
-        assert min(record["train_loss"] for record in history[-10:]) < 0.8
-        assert max(record["train_top1"] for record in history[-10:]) > 70
+        assert min(record["train_loss"] for record in history[-5:]) < 0.6 * history[0]["train_loss"]
+        assert max(record["train_top1"] for record in history[-5:]) > 85
 
     def test_accumulation_equals_one_big_batch(self, config: TrainConfig, tmp_path: Path) -> None:
         # 9 clips in steps of 6: the second step is a part-filled one. Batch norm frozen, since it sees micro batches.
