@@ -8,7 +8,8 @@ from shards.clips import Batches, Clip, Clips, centre
 from shards.datasets import Dataset, DatasetError, Video, find_dataset, scan
 from shards.decode import DecodedVideo, DecodeError, DecodeSettings, decode_video
 from shards.decode_ffmpeg import ffmpeg_exe
-from shards.pack import BuildError, build, build_shard, failures, finish, locked, plan
+from shards.pack import BuildError, build_shard, failures, finish, locked, plan
+from shards.pool import build
 from shards.read import ShardError, ShardSet, View, clip_shape, open_shards
 from shards.sampling import dense_indices, eco_indices, multi_clip_indices, segment_indices, uniform_indices
 from shards.verify import Problem, repair, verify

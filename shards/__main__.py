@@ -4,4 +4,5 @@ import sys
 
 from shards.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # worker processes import the module that was started
+    sys.exit(main())

@@ -14,7 +14,8 @@ from typing import Any
 
 from shards.datasets import FOLDER, DatasetError, find_dataset, scan
 from shards.decode import DECODERS, DecodeSettings
-from shards.pack import BuildError, Progress, build
+from shards.pack import BuildError, Progress
+from shards.pool import build
 from shards.read import ShardError, open_shards
 
 

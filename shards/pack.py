@@ -1,8 +1,9 @@
 """Videos -> WebDataset tars with a Parquet index, one shard at a time (format: shards/README.md).
 
 `plan` assigns videos to shards, `build_shard` writes one shard, `finish` closes the folder with index, failures and
-manifest; `build` does all three. A shard's bytes depend on its videos, the settings and the decoder's version alone,
-not on the number of workers or on which finished first. A finished shard is found again by its digest and skipped.
+manifest; pool.py does all three with several workers. A shard's bytes depend on its videos, the settings and the
+decoder's version alone, not on the number of workers or on which finished first. A finished shard is found again by its
+digest and skipped.
 """
 
 from __future__ import annotations
@@ -17,10 +18,8 @@ import os
 import re
 import shutil
 import tarfile
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -376,80 +375,6 @@ def subset_counts(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]
         for split in (1, 2, 3)
     }
     return {split: of for split, of in counts.items() if any(of.values())}
-
-
-def build(
-    dataset: Dataset,
-    out: Path,
-    settings: DecodeSettings | None = None,
-    *,
-    workers: int = 2,
-    num_shards: int | None = None,
-    shard_mib: int = 256,
-    max_failed: float = 0.01,
-    retry_failed: bool = False,
-    on_video: OnVideo | None = None,
-) -> dict[str, Any]:
-    """plan + build_shard for each + finish, with the folder locked; returns the manifest.
-
-    Finished shards are kept as they are; `retry_failed` builds those again in which a video could not be decoded.
-
-    Threads suffice: ffmpeg is a process, and PyAV and the JPEG encoder drop the GIL. An error or Ctrl-C stops every
-    worker at its next video. Raises BuildError (see `finish`, `locked`; also when the disk is too small by estimate).
-    """
-    if workers < 1:
-        raise DatasetError(f"workers must be at least 1, got {workers}")
-    if not 0 <= max_failed <= 1:
-        raise DatasetError(f"max_failed is a share, 0 to 1, got {max_failed}")
-    settings, stopped = settings or DecodeSettings(), threading.Event()
-
-    def seen(progress: Progress) -> None:
-        if stopped.is_set():
-            raise BuildError("stopped")  # never seen: the first error, or Ctrl-C, is what is raised
-        if on_video:
-            on_video(progress)
-
-    def work(shard: ShardPlan) -> None:  # returns nothing: 13,320 videos' offsets need not wait in memory
-        build_shard(shard, out, settings, seen)
-
-    with locked(out):
-        check_owner(dataset, out)
-        plans = plan(dataset, settings, num_shards=num_shards, shard_mib=shard_mib)
-        write_notes(dataset, plans, out, settings, max_failed)
-        for shard in plans if retry_failed else ():
-            if (read_part(shard.name, out) or {}).get("failures"):
-                (out / "parts" / f"{shard.name}.json").unlink()
-        todo = [shard for shard in plans if not _report_finished(shard, out, on_video)]
-        check_space(dataset, settings, out, len(todo) / len(plans))
-        with ThreadPoolExecutor(workers, initializer=_keep_to_a_core, initargs=(itertools.count(), workers)) as pool:
-            futures = [pool.submit(work, shard) for shard in todo]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-                for future in futures:
-                    if future.done():
-                        future.result()
-            except BaseException:
-                stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return finish(dataset, plans, out, settings, max_failed=max_failed)
-
-
-def _keep_to_a_core(numbers: Iterator[int], workers: int) -> None:
-    """Where workers take all cores, gives each thread, and the ffmpegs that it starts, a core of its own: frames then
-    go from decoder to encoder through that core's cache (docs/performance.md)."""
-    if hasattr(os, "sched_setaffinity"):  # Linux; 0 is the calling thread there
-        cores = sorted(os.sched_getaffinity(0))
-        if 1 < len(cores) <= workers:
-            os.sched_setaffinity(0, {cores[next(numbers) % len(cores)]})
-
-
-def _report_finished(shard: ShardPlan, out: Path, on_video: OnVideo | None) -> bool:
-    part = finished_part(shard, out)
-    if part is not None and on_video:
-        for video in shard.videos:
-            on_video(Progress(video=video, frames=0, bytes=0))
-    return part is not None
 
 
 def check_space(dataset: Dataset, settings: DecodeSettings, out: Path, share: float) -> None:

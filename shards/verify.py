@@ -22,8 +22,6 @@ from shards.format import FAILURES_SCHEMA, FORMAT_VERSION, INDEX_SCHEMA
 from shards.pack import (
     BuildError,
     OnVideo,
-    ShardPlan,
-    build_shard,
     content_digest,
     finish,
     finished_part,
@@ -34,6 +32,7 @@ from shards.pack import (
     read_part,
     subset_counts,
 )
+from shards.pool import build_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,12 +287,7 @@ def repair(
             for name in {problem.shard for problem in problems} & notes["plans"].keys():
                 (folder / "parts" / f"{name}.json").unlink(missing_ok=True)  # the tar stays until the next is complete
             todo = [shard for shard in plans if finished_part(shard, folder) is None]
-
-            def mend(shard: ShardPlan, expected: dict[str, str] = expected) -> None:
-                build_shard(shard, folder, settings, on_video, expected=expected.get(shard.name))
-
-            with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(mend, todo))
+            build_shards(todo, folder, settings, workers=workers, on_video=on_video, expected=expected)
             rebuilt |= {shard.name for shard in todo}
             finish(dataset, plans, folder, settings, max_failed=notes["max_failed"])
             problems = verify(folder, workers=workers)

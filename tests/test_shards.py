@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -16,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -51,7 +53,7 @@ from shards import (
 from shards.decode import DecoderStoppedError, decoder_version, open_video
 from shards.decode_ffmpeg import ffmpeg_exe, passthrough
 from shards.format import FAILURES_SCHEMA, INDEX_SCHEMA
-from shards.pack import estimate_bytes, write_parquet
+from shards.pack import Progress, estimate_bytes, write_parquet
 from shards.read import split_frames
 
 SETTINGS = DecodeSettings()
@@ -818,7 +820,7 @@ class TestVerifyAndRepair:
 
         monkeypatch.setattr("shards.pack._add_offsets", full)
         with pytest.raises(BuildError, match="the disk is full"):
-            build(scan(*find_dataset(videos)), tmp_path)
+            build(scan(*find_dataset(videos)), tmp_path, workers=1)
         assert not list(tmp_path.glob("shard-*"))
 
 
@@ -870,9 +872,46 @@ class TestNothingOfOthers:
         with monkeypatch.context() as patched:
             patched.setattr("shards.decode_ffmpeg.subprocess.Popen", killed)
             with pytest.raises(DecoderStoppedError, match="ffmpeg was stopped"):
-                build(dataset, tmp_path, num_shards=4)
+                build(dataset, tmp_path, num_shards=4, workers=1)
         assert not (tmp_path / "manifest.json").exists()
         assert build(dataset, tmp_path, num_shards=4)["failed"] == 0
+
+    @pytest.mark.parametrize("decoder", ["ffmpeg", "pyav"])
+    def test_a_worker_that_dies_ends_the_build_with_a_reason(
+        self, videos: Path, shard_folder: Path, tmp_path: Path, decoder: Literal["ffmpeg", "pyav"]
+    ) -> None:
+        dataset, settings = scan(*find_dataset(videos)), replace(SETTINGS, decoder=decoder)
+
+        def kill(_: object) -> None:
+            multiprocessing.active_children()[0].kill()
+
+        with pytest.raises(BuildError, match=r"a worker process died.*finished shards are kept"):
+            build(dataset, tmp_path, settings, num_shards=8, on_video=kill)
+        assert not (tmp_path / "manifest.json").exists()
+        assert build(dataset, tmp_path, settings, num_shards=8)["failed"] == 0
+        if decoder == "ffmpeg":
+            assert digest_of(tmp_path) == digest_of(shard_folder)
+
+    def test_what_the_listener_raises_stops_the_workers(self, videos: Path, tmp_path: Path) -> None:
+        heard = []
+
+        def stop(progress: Progress) -> None:
+            heard.append(progress)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            build(scan(*find_dataset(videos)), tmp_path, num_shards=12, on_video=stop)
+        assert len(heard) == 1 and not multiprocessing.active_children()
+        assert len(list(tmp_path.glob("shard-*.tar"))) < 12 and not list(tmp_path.glob("*.tmp"))
+
+    def test_workers_see_the_environment_of_the_moment(
+        self, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dataset = scan(*find_dataset(videos))
+        build(dataset, tmp_path / "before", num_shards=8)  # the server of worker processes is running from here on
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "nothing"))
+        with pytest.raises(FileNotFoundError, match="nothing"):
+            build(dataset, tmp_path / "after", num_shards=8)
 
     def test_failures_are_kept_until_they_are_to_be_tried_again(
         self, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -886,7 +925,7 @@ class TestNothingOfOthers:
 
         with monkeypatch.context() as patched:
             patched.setattr("shards.pack.decode_video", flaky)
-            assert build(dataset, tmp_path, num_shards=4)["failed"] == 1
+            assert build(dataset, tmp_path, num_shards=4, workers=1)["failed"] == 1
         assert build(dataset, tmp_path, num_shards=4)["failed"] == 1
         assert build(dataset, tmp_path, num_shards=4, retry_failed=True)["failed"] == 0
 
@@ -983,6 +1022,24 @@ class TestLook:
         assert wrong.returncode == 2 and wrong.stderr == "error: nowhere: no such folder\n"
 
 
+def processes_of(session: int) -> list[int]:
+    """Ids of the living processes that a process which was started in a session of its own has left."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, of = path.read_text().rpartition(")")[2].split()[:4]
+            if int(of) == session and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 class TestDrills:
     @pytest.mark.slow
     @pytest.mark.parametrize("decoder", ["ffmpeg", "pyav"])
@@ -992,24 +1049,28 @@ class TestDrills:
         )
         command = [sys.executable, "-m", "shards", "build", "--data", str(data), "--num-shards", "16"]
         command += ["--decoder", decoder, "--out"]
-        started = time.monotonic()
         subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-        seconds = time.monotonic() - started
         rng, kills, found = random.Random(decoder), 0, set()
+
+        def built() -> list[Path]:
+            return sorted((tmp_path / "killed").glob("*.tar"))
+
         while kills < 10:
+            there = built()
+            for path in rng.sample(there, max(0, len(there) - rng.randrange(12))):
+                path.unlink()  # work for it, however far the last one came
+            enough = rng.randint(len(built()), 15)
             build_process = subprocess.Popen([*command, str(tmp_path / "killed")], start_new_session=True)
-            try:
-                build_process.wait(timeout=rng.uniform(0.3, 0.9) * seconds)  # a start alone takes a third of it
-            except subprocess.TimeoutExpired:
-                os.killpg(build_process.pid, signal.SIGKILL)
-                build_process.wait()
+            while build_process.poll() is None and len(built()) < enough:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.05))  # in the middle of the next shards, or at the end of all
+            if build_process.poll() is None:
+                # all of it, or the parent alone: its workers must not go on in a folder that is no longer locked
+                (os.killpg if kills % 2 else os.kill)(build_process.pid, signal.SIGKILL)
                 kills += 1
-                found.add(len(list((tmp_path / "killed").glob("*.tar"))))
-                continue
-            assert build_process.returncode == 0
-            shards_left = sorted((tmp_path / "killed").glob("*.tar"))
-            for path in rng.sample(shards_left, 8):  # finished before ten kills: give it work again
-                path.unlink()
+                found.add(len(built()))
+            build_process.wait()
+            wait_until(lambda session=build_process.pid: not processes_of(session))
         assert len(found) >= 3  # it was killed in different states of the work
         subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
         assert digest_of(tmp_path / "killed") == digest_of(tmp_path / "whole")
