@@ -1,0 +1,191 @@
+"""Many shards side by side, one process a worker, and the whole build made of them.
+
+Processes, not threads: two threads that share an interpreter and its memory map build 1.75 times as fast as one, two
+processes 1.9 times (docs/performance.md), and a file that crashes libavcodec takes one worker with it, not the caller.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for_end
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+from shards.datasets import Dataset, DatasetError
+from shards.decode import DecodeSettings
+from shards.pack import (
+    BuildError,
+    OnVideo,
+    Progress,
+    ShardPlan,
+    build_shard,
+    check_owner,
+    check_space,
+    finish,
+    finished_part,
+    locked,
+    plan,
+    read_part,
+    write_notes,
+)
+
+
+def build(
+    dataset: Dataset,
+    out: Path,
+    settings: DecodeSettings | None = None,
+    *,
+    workers: int = 2,
+    num_shards: int | None = None,
+    shard_mib: int = 256,
+    max_failed: float = 0.01,
+    retry_failed: bool = False,
+    on_video: OnVideo | None = None,
+) -> dict[str, Any]:
+    """plan + build_shard for each + finish, with the folder locked; returns the manifest.
+
+    Finished shards are kept as they are; `retry_failed` builds those again in which a video could not be decoded.
+
+    A script that calls this with more than one worker needs `if __name__ == "__main__":`, as for all of Python's
+    multiprocessing. Raises BuildError (see `finish`, `locked`, `build_shards`; also when the disk is too small by
+    estimate).
+    """
+    if workers < 1:
+        raise DatasetError(f"workers must be at least 1, got {workers}")
+    if not 0 <= max_failed <= 1:
+        raise DatasetError(f"max_failed is a share, 0 to 1, got {max_failed}")
+    settings, out = settings or DecodeSettings(), Path(out)
+    with locked(out):
+        check_owner(dataset, out)
+        plans = plan(dataset, settings, num_shards=num_shards, shard_mib=shard_mib)
+        write_notes(dataset, plans, out, settings, max_failed)
+        for shard in plans if retry_failed else ():
+            if (read_part(shard.name, out) or {}).get("failures"):
+                (out / "parts" / f"{shard.name}.json").unlink()
+        todo = []
+        for shard in plans:
+            if finished_part(shard, out) is None:
+                todo.append(shard)
+            elif on_video:
+                for video in shard.videos:
+                    on_video(Progress(video=video, frames=0, bytes=0))
+        check_space(dataset, settings, out, len(todo) / len(plans))
+        build_shards(todo, out, settings, workers=workers, on_video=on_video)
+        return finish(dataset, plans, out, settings, max_failed=max_failed)
+
+
+def build_shards(
+    shards: Sequence[ShardPlan],
+    out: Path,
+    settings: DecodeSettings,
+    *,
+    workers: int,
+    on_video: OnVideo | None = None,
+    expected: Mapping[str, str] | None = None,
+) -> None:
+    """`build_shard` for each, `workers` of them at a time; `expected` holds sha256 by shard name.
+
+    `on_video` is called in this process and thread. An error in a worker or in `on_video`, and Ctrl-C, stop every
+    worker at its next video and are raised when all have stopped. The caller holds `locked(out)`. Raises BuildError
+    when a worker dies, and as `build_shard` does.
+    """
+    expected, workers = expected or {}, min(workers, len(shards))
+    if workers < 2:  # no process to start, and none that a debugger could not follow
+        for shard in shards:
+            build_shard(shard, out, settings, on_video, expected=expected.get(shard.name))
+        return
+    methods = multiprocessing.get_all_start_methods()
+    # not fork: whoever calls may have threads, whose locks would be copied as they are
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(["shards.pool", f"shards.decode_{settings.decoder}"])
+    told: SimpleQueue[Progress] = context.SimpleQueue()
+    cores: SimpleQueue[set[int]] = context.SimpleQueue()
+    for chosen in _cores(workers):
+        cores.put(chosen)
+    stopped: Event = context.Event()
+
+    def hear(listen: OnVideo | None) -> None:
+        while not told.empty():
+            progress = told.get()
+            if listen:
+                listen(progress)
+
+    initargs = (told, stopped, cores, dict(os.environ))
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=initargs) as pool:
+        waiting = {pool.submit(_work, shard, out, settings, expected.get(shard.name)) for shard in shards}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
+                hear(on_video)
+                for future in done:
+                    future.result()
+        except BaseException as error:
+            stopped.set()
+            for future in waiting:
+                future.cancel()
+            while wait(waiting, timeout=0.1).not_done:
+                hear(None)  # a worker must not wait for room in the pipe
+            if isinstance(error, BrokenProcessPool):
+                raise BuildError(
+                    f"{out}: a worker process died: it was ended from outside (short of memory? use fewer --workers), "
+                    f"a video crashed the decoder (--decoder ffmpeg survives that), or a script calls build without "
+                    f'`if __name__ == "__main__":`; finished shards are kept, start again'
+                ) from error
+            raise
+
+
+def _cores(workers: int) -> list[set[int]]:
+    """Which cores each worker keeps to. Where workers take all cores, each has one of its own, with the ffmpegs that it
+    starts: frames then go from decoder to encoder through that core's cache (docs/performance.md)."""
+    if not hasattr(os, "sched_getaffinity"):  # Linux has it
+        return [set()] * workers
+    cores = sorted(os.sched_getaffinity(0))
+    if 1 < len(cores) <= workers:
+        return [{cores[number % len(cores)]} for number in range(workers)]
+    return [set(cores)] * workers
+
+
+# In a worker process
+
+_told: SimpleQueue[Progress]
+_stopped: Event
+
+
+def _start_worker(
+    told: SimpleQueue[Progress], stopped: Event, cores: SimpleQueue[set[int]], environment: dict[str, str]
+) -> None:
+    global _told, _stopped
+    _told, _stopped = told, stopped
+    os.environ.update(environment)  # the server that workers are forked from may be older than its last change
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who tells us to stop
+    if keep_to := cores.get():
+        os.sched_setaffinity(0, keep_to)
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
+
+
+def _end_with_the_caller() -> None:
+    """A worker that outlives a killed build would write into a folder whose lock is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait_for_end([parent.sentinel])
+    os._exit(1)  # ffmpeg ends with it: nobody reads its pipe
+
+
+def _work(shard: ShardPlan, out: Path, settings: DecodeSettings, expected: str | None) -> None:
+    """Returns nothing: 13,320 videos' offsets need not go through a pipe, they are in the part file."""
+    build_shard(shard, out, settings, _tell, expected=expected)
+
+
+def _tell(progress: Progress) -> None:
+    if _stopped.is_set():
+        raise BuildError("stopped")  # never seen: the first error, or Ctrl-C, is what is raised
+    _told.put(progress)
