@@ -6,43 +6,32 @@ after unpacking), and whatever is already there is used: `fetch` does only what 
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import os
-import re
 import shutil
-import ssl
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
 from filelock import FileLock, Timeout
 
 from shards.datasets import OFFICIAL_COUNTS, VIDEO_SUFFIXES, Dataset, DatasetError, scan
+from shards.download import FULL, File, Progress, obtain, wrong_with
 from shards.unpack import FetchError, unpack
-
-Progress = Callable[[str, int, int | None], None]  # (what, bytes done, bytes in all where known)
-
-RETRIES = 5  # attempts in a row that bring a download no further, per URL
-SOCKET_TIMEOUT = 60.0  # seconds
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Archive:
-    """One official file."""
+class Archive(File):
+    """One official file; its name ends in .rar or .zip."""
 
-    name: str  # its file name, which ends in .rar or .zip
-    urls: tuple[str, ...]  # in order of preference
-    size: int | None = None  # bytes
-    sha256: str | None = None
+    def wrong_start(self, head: bytes) -> str:
+        """Why a file that starts with these bytes is no such archive, or nothing."""
+        kind, magic = ("RAR", b"Rar!\x1a\x07") if self.name.endswith(".rar") else ("ZIP", b"PK\x03\x04")
+        if head.startswith(magic):
+            return ""
+        page = head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<")
+        return f"is {'a web page' if page else f'something that starts with {head!r}'}, not a {kind} archive"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +162,7 @@ def fetch(
     except Timeout:
         raise FetchError(f"{out}: another fetch into this folder is running; wait for it or stop it") from None
     except OSError as error:
-        fix = "free some space and run again" if error.errno in _FULL else "run again once that is settled"
+        fix = "free some space and run again" if error.errno in FULL else "run again once that is settled"
         raise FetchError(f"{error.filename or out}: {error.strerror or error}; {fix}, what came is kept") from error
 
 
@@ -288,6 +277,28 @@ class _Scratch:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
+def _obtain(
+    archive: Archive,
+    urls: Sequence[str],
+    folder: Path,
+    have: Path | None,
+    report: Progress,
+    sleep: Callable[[float], object],
+) -> Path:
+    """The archive, checked: the user's, the one that an earlier run downloaded, or a download."""
+    theirs = have / archive.name if have else None
+    if theirs and theirs.is_file():
+        wrong = wrong_with(theirs, archive, report)
+        if wrong:
+            raise FetchError(f"{theirs}: {wrong}; remove it from there, or get it again")
+        return theirs
+    by_hand = (
+        "run again to resume, name another server with --mirror URL, or download it in a browser and give its folder "
+        "with --have FOLDER"
+    )
+    return obtain(archive, folder, urls=urls, by_hand=by_hand, report=report, sleep=sleep)
+
+
 # Finding what a folder holds. By structure, since neither users nor archives agree on the folders around it.
 
 
@@ -336,188 +347,3 @@ def _videos_root(root: Path, class_names: frozenset[str]) -> Path | None:
         if classes and (best is None or score > best[0]):
             best = score, folder
     return best[1] if best else None
-
-
-# Downloads.
-
-
-class _RefusedError(Exception):
-    """This URL will not give the file; the next one may."""
-
-
-def _obtain(
-    archive: Archive,
-    urls: Sequence[str],
-    folder: Path,
-    have: Path | None,
-    report: Progress,
-    sleep: Callable[[float], object],
-) -> Path:
-    """The archive, checked: the user's, the one that an earlier run downloaded, or a download."""
-    theirs, ours = (have / archive.name if have else None), folder / archive.name
-    if theirs and theirs.is_file():
-        wrong = _wrong_with(theirs, archive, report)
-        if wrong:
-            raise FetchError(f"{theirs}: {wrong}; remove it from there, or get it again")
-        return theirs
-    if ours.is_file():
-        wrong = _wrong_with(ours, archive, report)
-        if not wrong:
-            return ours
-        rejected = _set_aside(ours, archive)
-        raise FetchError(f"{ours}: {wrong}; moved to {rejected.name}, run again to download it")
-    part = folder / f"{archive.name}.part"
-    reasons = []
-    for url in urls:
-        try:
-            _download(url, archive, part, report, sleep)
-        except _RefusedError as error:
-            reasons.append(f"{url}: {error}")
-            continue
-        part.rename(ours)
-        for leftover in (_meta(part), folder / f"{archive.name}.rejected"):
-            leftover.unlink(missing_ok=True)
-        return ours
-    raise FetchError(
-        f"{archive.name}: not downloaded ({'; '.join(reasons)}); run again to resume, name another server with "
-        f"--mirror URL, or download it in a browser and give its folder with --have FOLDER"
-    )
-
-
-def _download(url: str, archive: Archive, part: Path, report: Progress, sleep: Callable[[float], object]) -> None:
-    """Brings `part` to the whole, checked archive, in as many attempts as get further."""
-    furthest, failures = _size(part), 0
-    while True:
-        try:
-            _transfer(url, archive, part, report)
-            wrong = _wrong_with(part, archive, report)
-            if wrong:
-                raise _RefusedError(f"{wrong}; kept as {_set_aside(part, archive).name}")
-            return
-        except HTTPError as error:
-            reason = f"HTTP {error.code} {error.reason}"
-            if error.code == 416:
-                _discard(part)
-            elif error.code < 500 and error.code not in (408, 429):
-                raise _RefusedError(reason) from error
-        except (OSError, HTTPException) as error:
-            cause = error.reason if isinstance(error, URLError) else error
-            reason = str(cause) or type(cause).__name__
-            if isinstance(cause, ssl.SSLCertVerificationError):
-                raise _RefusedError(f"its TLS certificate does not verify ({cause.verify_message})") from error
-            if isinstance(error, OSError) and (error.errno in _FULL or error.filename):
-                raise  # our own disk, not the server
-        failures = 0 if _size(part) > furthest else failures + 1
-        furthest = max(furthest, _size(part))
-        if failures > RETRIES:
-            raise _RefusedError(f"{reason}, {failures} times in a row")
-        sleep(min(2.0**failures, 60.0))
-
-
-def _transfer(url: str, archive: Archive, part: Path, report: Progress) -> None:
-    """One request: appends to `part` where the server still has the same file, else starts it over.
-
-    Raises OSError or HTTPException when it broke off, _RefusedError when this is not the archive.
-    """
-    start, before = _size(part), _read_meta(part)
-    validator = before.get("validator")
-    if start and start == before.get("total"):
-        return
-    headers = {"User-Agent": "pasnet-shards-fetch"}
-    # Without ETag or date only a known sum tells a spliced file from a good one.
-    if start and (validator or archive.sha256):
-        headers |= {"Range": f"bytes={start}-"} | ({"If-Range": validator} if validator else {})
-    with urlopen(Request(url, headers=headers), timeout=SOCKET_TIMEOUT) as response:
-        if not response.url.startswith(("http://", "https://")):
-            raise _RefusedError(f"redirects to {response.url}")
-        etag = response.headers.get("ETag", "")
-        now = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
-        length = response.headers.get("Content-Length")
-        total = int(length) if length else None
-        if response.status == 206:
-            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-            total = int(span[2]) if span else None
-            same = (not now or not validator or now == validator) and before.get("total") in (None, total)
-            if not span or int(span[1]) != start or not same:
-                _discard(part)
-                raise ConnectionError("the file changed on the server")
-        else:
-            start = 0
-        if archive.size and total and total != archive.size:
-            raise _RefusedError(f"has {total} bytes, expected {archive.size}")
-        head = b""
-        while not start and len(head) < 8 and (chunk := response.read1(1 << 16)):
-            head += chunk
-        if not start and (len(head) == total or len(head) >= 8) and _not_archive(head, archive):
-            raise _RefusedError(_not_archive(head, archive))  # before it overwrites what is there
-        free = shutil.disk_usage(part.parent).free
-        if total and total - start > free:
-            raise OSError(errno.ENOSPC, f"{total - start} bytes to come, {free} free")
-        _meta(part).write_text(json.dumps({"validator": now or validator, "total": total}))
-        done = start
-        with open(part, "ab" if start else "wb") as sink:
-            chunk = head or response.read1(1 << 18)
-            while chunk:
-                sink.write(chunk)
-                done += len(chunk)
-                report(f"{archive.name}: downloading", done, total)
-                chunk = response.read1(1 << 18)  # read1: what came before a connection breaks is not lost
-    if total is not None and done < total:
-        raise ConnectionError(f"broke off after {done} of {total} bytes")
-
-
-def _wrong_with(path: Path, archive: Archive, report: Progress) -> str:
-    """Why `path` is not `archive`, or nothing."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        wrong = _not_archive(file.read(8), archive)
-        if wrong:
-            return wrong
-        if archive.size not in (None, size):
-            return f"has {size} bytes, expected {archive.size}"
-        if archive.sha256 is None:
-            return ""
-        file.seek(0)
-        sha256, done = hashlib.sha256(), 0
-        while chunk := file.read(1 << 20):
-            sha256.update(chunk)
-            done += len(chunk)
-            report(f"{archive.name}: checking", done, size)
-    got = sha256.hexdigest()
-    return "" if got == archive.sha256 else f"has sha256 {got}, expected {archive.sha256}"
-
-
-def _not_archive(head: bytes, archive: Archive) -> str:
-    kind, magic = ("RAR", b"Rar!\x1a\x07") if archive.name.endswith(".rar") else ("ZIP", b"PK\x03\x04")
-    if head.startswith(magic):
-        return ""
-    page = head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<")
-    return f"is {'a web page' if page else f'something that starts with {head!r}'}, not a {kind} archive"
-
-
-def _set_aside(path: Path, archive: Archive) -> Path:
-    rejected = path.with_name(f"{archive.name}.rejected")
-    os.replace(path, rejected)
-    _meta(path).unlink(missing_ok=True)
-    return rejected
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _meta(part: Path) -> Path:
-    return part.with_name(f"{part.name}.json")
-
-
-def _read_meta(part: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads(_meta(part).read_text())
-    except (OSError, ValueError):
-        return {}
-    return meta if isinstance(meta, dict) else {}
-
-
-def _discard(part: Path) -> None:
-    part.unlink(missing_ok=True)
-    _meta(part).unlink(missing_ok=True)

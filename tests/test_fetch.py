@@ -24,6 +24,7 @@ import pytest
 import rarfile
 from filelock import FileLock
 
+from shards import download as download_module
 from shards import fetch as fetch_module
 from shards import unpack as unpack_module
 from shards.datasets import find_dataset
@@ -543,7 +544,7 @@ def test_a_bad_certificate_is_named_and_not_retried(
         calls.append(args)
         raise URLError(error)
 
-    monkeypatch.setattr(fetch_module, "urlopen", urlopen)
+    monkeypatch.setattr(download_module, "urlopen", urlopen)
     with pytest.raises(FetchError, match=r"certificate does not verify \(unable to get local issuer .*--have FOLDER"):
         quick("tiny-ucf", tmp_path)
     assert len(calls) == 1
@@ -553,7 +554,7 @@ def test_a_disk_too_small_is_named_before_the_download(
     ucf: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
-    monkeypatch.setattr(fetch_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(download_module.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(FetchError, match=f"{len(UCF_ZIP)} bytes to come, 100 free; free some space"):
         quick("tiny-ucf", tmp_path)
     assert len(ucf.asked) == 1
