@@ -152,7 +152,8 @@ def child(folder: Path, count: int, decoder: str, workers: int, out: Path, times
     dataset = scan(*find_dataset(folder))
     dataset = only(dataset, spread(dataset.videos, count))
     settings = DecodeSettings(decoder=decoder)  # type: ignore[arg-type]
-    build(only(dataset, dataset.videos[:1]), out / "first", settings, workers=1, num_shards=1)  # imports on demand
+    # imports on demand, and the server that worker processes are forked from
+    build(only(dataset, dataset.videos[:2]), out / "first", settings, workers=workers, num_shards=2)
     shutil.rmtree(out / "first")
     frames, start = 0, time.perf_counter()
     for number in range(times):
@@ -176,7 +177,8 @@ def build_apart(
 ) -> dict[str, float]:
     """`child` as a process; `watch` receives (PSS, RSS) of it and its children in MiB, five times a second."""
     words = [str(word) for word in (folder, count, decoder, workers, out, times, cores)]
-    command = [sys.executable, "-m", "benchmarks.shards_build", *words]
+    # not -m: every worker process would import this module and all that it imports
+    command = [sys.executable, "-c", "from benchmarks.shards_build import main; main()", *words]
     root = Path(__file__).parent.parent
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
         ended = threading.Event()
@@ -349,7 +351,3 @@ def main() -> None:
     parser.add_argument("times", type=int)
     parser.add_argument("cores", type=int)
     print(json.dumps(child(**vars(parser.parse_args()))))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,8 +2,9 @@
 
 Everything random about a sample is a function of (seed, epoch, video), settled in shards/clips.py: the batches are
 the same for any number of loader workers, and a resumed run sees what an uninterrupted one would have seen. Frames
-stay uint8 up to the network, which normalises (a quarter of the bytes). For a GPU the loader hands over the JPEGs'
-own planes, half the bytes of RGB, in shared memory that is used again and again; the GPU makes RGB of them.
+stay uint8 up to the network, which normalises (a quarter of the bytes). For a GPU the loader hands over whole frames
+as the JPEGs' own planes, half the bytes of RGB, in shared memory that is used again and again; the GPU cuts, mirrors,
+resizes and colours a batch at once.
 """
 
 from __future__ import annotations
@@ -18,17 +19,31 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from pasnet.config import DataConfig
-from shards import Batches, Clips, ShardSet, View, centre, clip_shape, open_shards, segment_indices
+from shards import Batches, Clip, Clips, ShardSet, View, centre, clip_shape, open_shards, segment_indices
 
-__all__ = ["Batch", "ClipDataset", "Loader", "ShardSet", "open_shards", "rgb_of_planes", "train_view"]
+__all__ = ["Batch", "ClipDataset", "Loader", "Planes", "ShardSet", "open_shards", "rgb_of_planes", "train_view"]
 
 CENTRE_CROP = 224 / 256  # of the frame height, at test time
+_NONE = np.empty(0, np.uint8)  # instead of frames that lie in shared memory
 
 
 class Batch(NamedTuple):
     """`clips` uint8 RGB (B, K, 3, S, S); `labels` int64 (B,); `rows` int64 (B,) in the index; `frames` int64 (B, K)."""
 
     clips: Tensor
+    labels: Tensor
+    rows: Tensor
+    frames: Tensor
+
+
+class Planes(NamedTuple):
+    """What `rgb_of_planes` makes clips of: `planes` uint8 (B, K, H * W * 3 // 2), `views` int64 (B, 5); else as Batch.
+
+    `planes` lie in memory that is valid until the next batch.
+    """
+
+    planes: Tensor
+    views: Tensor
     labels: Tensor
     rows: Tensor
     frames: Tensor
@@ -56,18 +71,35 @@ def train_view(height: int, width: int, rng: np.random.Generator | None, *, conf
     return View(top, left, h, w, flip=config.flip and rng.random() < 0.5)
 
 
-def rgb_of_planes(planes: Tensor, size: int) -> Tensor:
-    """uint8 (..., S * S * 3 // 2) planes, as ShardSet.read_clip gives them, -> uint8 RGB (..., 3, S, S); S = `size`.
+def rgb_of_planes(planes: Tensor, views: Tensor, frame_size: tuple[int, int], size: int) -> Tensor:
+    """Whole frames as JPEG planes -> the part of them that each clip shows, as uint8 RGB (B, K, 3, S, S); S = `size`.
 
-    Full range BT.601, the matrix of JFIF; chroma is interpolated, as JPEG decoders do. Runs where `planes` is.
+    `planes` uint8 (B, K, H * W * 3 // 2), as ShardSet.read_clip gives them; `views` int64 (B, 5), a View each, as even
+    numbers as there; `frame_size` (H, W). Crop, mirror and resize are one bilinear sampling for all frames of a clip,
+    which reads nothing outside the view; colour is full range BT.601, the matrix of JFIF. Frames much larger than S are
+    sampled more densely and averaged, so that no pixel is skipped. Runs where `planes` is.
     """
-    frames = planes.reshape(-1, size * size * 3 // 2)
-    y = frames[:, : size * size].reshape(-1, 1, size, size).float()
-    chroma = frames[:, size * size :].reshape(-1, 2, size // 2, size // 2).float() - 128
-    chroma = nn.functional.interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False)
-    u, v = chroma[:, :1], chroma[:, 1:]
-    rgb = torch.cat((y + 1.402 * v, y - 0.344136 * u - 0.714136 * v, y + 1.772 * u), 1)
-    return rgb.round_().clamp_(0, 255).to(torch.uint8).reshape(*planes.shape[:-1], 3, size, size)
+    (height, width), (clips, k) = frame_size, planes.shape[:2]
+    dense = max(1, round(min(frame_size) / size))
+    top, left, h, w, flip = views.to(planes.device, torch.float32).T.unsqueeze(2)  # each (B, 1)
+    top, left, h, w = (number.div(2, rounding_mode="floor") * 2 for number in (top, left, h, w))
+    step = (torch.arange(size * dense, device=planes.device) + 0.5) / (size * dense)  # share of the view
+    y, x = top + step * h, left + torch.where(flip.bool(), 1 - step, step) * w  # (B, S), 0 is the frame's edge
+
+    def sample(channels: Tensor, half: int) -> Tensor:
+        """Of planes half as large as the frame where `half` is 2: the share of the view is what they have in common."""
+        rows = (y / half).clamp(top / half + 0.5, (top + h) / half - 0.5) * (2 * half / height) - 1
+        columns = (x / half).clamp(left / half + 0.5, (left + w) / half - 0.5) * (2 * half / width) - 1
+        grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), 3)  # (B, S, S, 2)
+        found = nn.functional.grid_sample(channels.float(), grid, mode="bilinear", align_corners=False)
+        return nn.functional.avg_pool2d(found, dense) if dense > 1 else found
+
+    brightness = planes[..., : height * width].reshape(clips, k, height, width)
+    colour = planes[..., height * width :].reshape(clips, 2 * k, height // 2, width // 2)
+    luma = sample(brightness, 1)  # (B, K, S, S)
+    u, v = sample(colour, 2).sub_(128).unflatten(1, (k, 2)).unbind(2)
+    rgb = torch.stack((luma + 1.402 * v, luma - 0.344136 * u - 0.714136 * v, luma + 1.772 * u), 2)
+    return rgb.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _clips(shards: ShardSet, config: DataConfig, *, train: bool, seed: int, planes: bool = False) -> Clips:
@@ -78,6 +110,7 @@ def _clips(shards: ShardSet, config: DataConfig, *, train: bool, seed: int, plan
         size=(config.input_size, config.input_size),
         colour="yuv" if planes else "rgb",
         seed=seed if train else None,
+        crop=not planes,
     )
 
 
@@ -92,7 +125,7 @@ class ClipDataset(Dataset[tuple[Tensor, int, int, np.ndarray]]):
         return torch.from_numpy(clip.frames), clip.label, item[1], clip.indices  # (K, 3, S, S)
 
 
-class _Ring(Dataset[tuple[int, list[int], list[int], np.ndarray]]):
+class _Ring(Dataset[tuple[int, list[Clip], list[int]]]):
     """Batches of planes, written by the workers into slots of one block of shared memory that is made once.
 
     A DataLoader makes new shared memory for every batch, and the kernel has to clear and map each of its pages:
@@ -104,11 +137,10 @@ class _Ring(Dataset[tuple[int, list[int], list[int], np.ndarray]]):
         self.clips = clips
         self.memory = torch.zeros(slots, batch, *shape, dtype=torch.uint8).share_memory_()
 
-    def __getitems__(self, items: list[tuple[int, tuple[int, int]]]) -> tuple[int, list[int], list[int], np.ndarray]:
+    def __getitems__(self, items: list[tuple[int, tuple[int, int]]]) -> tuple[int, list[Clip], list[int]]:
         slot = items[0][0]
         read = [self.clips.read(item, out=self.memory[slot, place].numpy()) for place, (_, item) in enumerate(items)]
-        rows = [row for _, (_, row) in items]
-        return slot, [clip.label for clip in read], rows, np.stack([clip.indices for clip in read])
+        return slot, [clip._replace(frames=_NONE) for clip in read], [row for _, (_, row) in items]
 
 
 class _Slots:
@@ -138,7 +170,7 @@ class Loader:
     """Batches of one subset. No clip is dropped: the last batch may be smaller.
 
     `epoch(n)` iterates over epoch n; `rows` are the index rows that it visits, each once. With a CUDA `device` clips
-    are already there. `planes` hands over planes instead (for benchmarks, and for other users of them): see `planes`.
+    are already there, made on it; with `planes` they are on the CPU, too (for benchmarks and tests).
     """
 
     PREFETCH = 2  # batches that each worker works ahead
@@ -158,7 +190,7 @@ class Loader:
         self.rows = shards.select(config.split, subset)
         if train and config.train_fraction < 1:
             self.rows = _share_per_class(self.rows, shards.labels, config.train_fraction)
-        self.size, self.device = config.input_size, torch.device(device)
+        self._shards, self.size, self.device = shards, config.input_size, torch.device(device)
         self._batches = Batches(self.rows, batch, seed=seed if train else None)
         # else each new iterator draws from the global generator, and dropout would depend on the worker count
         options: dict[str, Any] = {
@@ -190,16 +222,22 @@ class Loader:
             yield from self._loader
             return
         for batch in self.planes(epoch, start):
-            clips = batch.clips.to(self.device)  # not asynchronous: the slot is free again afterwards
-            yield batch._replace(clips=rgb_of_planes(clips, self.size))
+            planes = batch.planes.to(self.device)  # not asynchronous: the slot is free again afterwards
+            clips = rgb_of_planes(planes, batch.views, self._shards.frame_size, self.size)
+            yield Batch(clips, batch.labels, batch.rows, batch.frames)
 
-    def planes(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """As `epoch`, with `clips` uint8 (B, K, S * S * 3 // 2), in memory that is valid until the next batch."""
+    def planes(self, epoch: int, start: int = 0) -> Iterator[Planes]:
+        """As `epoch`, but whole frames and what to show of them."""
         assert self._ring is not None, "the loader was made without planes"
         self._batches.epoch, self._batches.start = epoch, start
-        for slot, labels, rows, frames in self._loader:
-            clips = self._ring.memory[slot, : len(rows)]
-            yield Batch(clips, torch.tensor(labels), torch.tensor(rows), torch.from_numpy(frames))
+        for slot, clips, rows in self._loader:
+            yield Planes(
+                self._ring.memory[slot, : len(rows)],
+                torch.tensor([clip.view for clip in clips]),
+                torch.tensor([clip.label for clip in clips]),
+                torch.tensor(rows),
+                torch.from_numpy(np.stack([clip.indices for clip in clips])),
+            )
 
 
 def _share_per_class(rows: np.ndarray, labels: np.ndarray, fraction: float) -> np.ndarray:

@@ -35,12 +35,16 @@ class Look(Protocol):
 
 
 class Clip(NamedTuple):
-    """`frames` uint8 as `ShardSet.read_clip` returns them; `label` from 0; `indices` int64 (K,) of the frames."""
+    """`frames` uint8 as `ShardSet.read_clip` returns them; `label` from 0; `indices` int64 (K,) of the frames.
+
+    `view` is the part that the clip shows: cut out already, unless `Clips` was told to leave that to the device.
+    """
 
     key: str
     frames: np.ndarray
     label: int
     indices: np.ndarray
+    view: View
 
 
 def centre(height: int, width: int, rng: np.random.Generator | None = None) -> View:
@@ -58,7 +62,8 @@ class Clips:
     """Map-style dataset: `clips[epoch, row]` is a `Clip`, `clips[row]` that of epoch 0.
 
     `sample` chooses the frames (such as functools.partial of a function of sampling.py), `look` the part of them
-    that is shown. With `seed` None neither gets a generator: the test clip. Errors name the key.
+    that is shown. With `seed` None neither gets a generator: the test clip. With `crop` False the frames come whole,
+    `size` unused, and whoever gets them cuts out `view` (a GPU does it for a batch at once). Errors name the key.
     """
 
     def __init__(
@@ -70,9 +75,10 @@ class Clips:
         size: tuple[int, int] = (224, 224),
         colour: Colour = "rgb",
         seed: int | None = None,
+        crop: bool = True,
     ) -> None:
         self.shards, self.sample, self.look = shards, sample, look
-        self.size, self.colour, self.seed = size, colour, seed
+        self.size, self.colour, self.seed, self.crop = size if crop else shards.frame_size, colour, seed, crop
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -93,12 +99,13 @@ class Clips:
             rng = None if self.seed is None else clip_rng(self.seed, epoch, key)
             indices = self.sample(int(self.shards.num_frames[row]), rng=rng)
             view = self.look(*self.shards.frame_size, rng=rng)
-            frames = self.shards.read_clip(row, indices, view, self.size, colour=self.colour, out=out)
+            cut = view if self.crop else View(0, 0, *self.shards.frame_size)
+            frames = self.shards.read_clip(row, indices, cut, self.size, colour=self.colour, out=out)
         except ShardError:
             raise  # it names the key
         except Exception as error:  # in a loader's worker only the message survives
             raise ShardError(f"{key} (row {row}, epoch {epoch}): {type(error).__name__}: {error}") from error
-        return Clip(key, frames, int(self.shards.labels[row]), indices)
+        return Clip(key, frames, int(self.shards.labels[row]), indices, view)
 
 
 class Batches:

@@ -149,7 +149,7 @@ class ClipStream:
             decoder.decode(chosen.jpegs, chosen.view, self.size, self.colour, frames)
         except Exception as error:
             raise ShardError(f"{chosen.key}: {type(error).__name__}: {error}") from error
-        return Clip(chosen.key, frames, chosen.label, chosen.indices)
+        return Clip(chosen.key, frames, chosen.label, chosen.indices, chosen.view)
 
 
 class _Epoch(IterableDataset):  # type: ignore[misc]  # torch's, or webdataset's own stand-in without torch
