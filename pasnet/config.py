@@ -170,7 +170,7 @@ class OptimConfig:
 class InitConfig:
     """Where the weights start. Empty strings mean a random start, which every report then says plainly."""
 
-    eco: str = ""  # ECO-Lite checkpoint (Kinetics-400): appearance trunk and temporal net of w0
+    eco: str = ""  # ECO-Lite checkpoint (Kinetics-400), or ECO's initial weights: appearance and temporal net of w0
     pose: str = ""  # OpenPose body checkpoint (COCO): pose network of w0
     parent: str = ""  # a checkpoint of ours, same dataset and split: step 1 of twice-finetune
 

@@ -231,11 +231,19 @@ def load_initial(model: PASNet, config: TrainConfig, shards: ShardSet) -> str:
             if config.init.pose:
                 raise ConfigError(f"{config.init.parent} holds a pose network; leave init.pose empty")
     elif config.init.eco:
-        tensors = weights.eco_to_pasnet(weights.read_checkpoint(Path(config.init.eco), "eco"))
+        start = weights.read_start(Path(config.init.eco))
         ours = {key: value for key, value in state.items() if key.startswith(("appearance.", "temporal.", "head."))}
-        other_classes = "head.weight" in tensors and len(tensors["head.weight"]) != config.model.num_classes
-        head = ["head."] if other_classes else []  # of Kinetics' 400 classes; trained anew
-        lines.append(weights.merge(ours, tensors, source=config.init.eco, may_miss=[*head, *remade]).summary())
+        head = start.tensors.get("head.weight")
+        # a head of other classes, such as Kinetics' 400, is trained anew
+        other = ["head."] if head is not None and len(head) != config.model.num_classes else []
+        may_miss = [*start.may_miss, *other, *remade]
+        lines.append(weights.merge(ours, start.tensors, source=config.init.eco, may_miss=may_miss).details())
+        frames = start.checkpoint.preprocessing
+        if frames and frames.subtract != config.model.appearance_mean:
+            mean = ",".join(f"{value:g}" for value in frames.subtract)
+            lines.append(
+                f"{config.init.eco}: was trained on {frames}; --set model.appearance_mean={mean} does the same"
+            )
     else:
         lines.append("appearance, temporal, head: random start")
     if pose and config.init.pose:
