@@ -79,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("shards", help="videos to WebDataset shards: fetch, build, verify, repair, inspect, stats")
 
+    _weights_parser(commands.add_parser("weights", help="public weights: fetch, convert, inspect"))
+
     listing = commands.add_parser("list", help="the paper's rows: what is run and what the paper printed")
     listing.add_argument("--tables", nargs="*", default=[])
     listing.set_defaults(run=_list)
@@ -108,6 +110,59 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, default=Path("RESULTS.md"))
     report.set_defaults(run=_report)
     return parser
+
+
+def _weights_parser(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    fetch = commands.add_parser("fetch", help="download public weights, or take over a file; without a name, list them")
+    fetch.add_argument("name", nargs="?")
+    fetch.add_argument("--out", type=Path, default=Path("weights"), help="folder (default: weights)")
+    fetch.add_argument("--have", type=Path, metavar="FILE", help="downloaded by hand; it is checked and copied")
+    fetch.add_argument("--mirror", action="append", default=[], metavar="URL", help="tried first, as URL/<file name>")
+    fetch.set_defaults(run=_weights_fetch)
+
+    convert = commands.add_parser("convert", help="a checkpoint or .caffemodel as safetensors, its origin recorded")
+    convert.add_argument("inputs", type=Path, nargs="+", metavar="IN")
+    convert.add_argument("--kind", required=True, help="eco, eco-full, pose, bninception, c3d; eco-init: the last two")
+    convert.add_argument("--out", type=Path, required=True, help="ends in .safetensors")
+    convert.set_defaults(run=_weights_convert)
+
+    inspect = commands.add_parser("inspect", help="what a weights file is; fails where it cannot be used")
+    inspect.add_argument("file", type=Path)
+    inspect.set_defaults(run=_weights_inspect)
+
+
+def _weights_fetch(arguments: argparse.Namespace) -> None:
+    if not arguments.name:
+        from pasnet.registry import REGISTRY
+
+        for name, source in REGISTRY.items():
+            print(f"{name:24} {source.title}; {source.licence}\n{'':24} {', '.join(source.where)}")
+        return
+    from pasnet.download import fetch
+    from shards.cli import bytes_progress
+
+    with bytes_progress() as report:
+        found = fetch(arguments.name, arguments.out, have=arguments.have, mirrors=arguments.mirror, progress=report)
+    print("\n".join(found.lines))
+
+
+def _weights_convert(arguments: argparse.Namespace) -> None:
+    from pasnet.weights import convert
+
+    origin = convert(arguments.inputs, arguments.kind, arguments.out)
+    print(f"{arguments.out}: {origin.kind} from {', '.join(origin.source)}; {origin.licence}")
+
+
+def _weights_inspect(arguments: argparse.Namespace) -> None:
+    from pasnet.weights import WeightsError, inspect
+
+    found = inspect(arguments.file)
+    print("\n".join(found.lines))
+    if found.problems:
+        more = f" and {len(found.problems) - 10} more" if len(found.problems) > 10 else ""
+        raise WeightsError(f"{arguments.file}: cannot be used: {'; '.join(found.problems[:10])}{more}")
 
 
 def _synth(arguments: argparse.Namespace) -> None:

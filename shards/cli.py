@@ -109,7 +109,7 @@ def _fetch(arguments: argparse.Namespace) -> None:
     source = SOURCES[arguments.dataset]
     print(f"{source.name}: {source.homepage}\nterms: {source.terms}", flush=True)
     out = arguments.out or Path("data") / arguments.dataset
-    with _bytes_progress() as report:
+    with bytes_progress() as report:
         dataset = fetch(
             arguments.dataset,
             out,
@@ -285,7 +285,7 @@ def _shard_progress(folder: Path, title: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _bytes_progress() -> Iterator[Any]:
+def bytes_progress() -> Iterator[Any]:
     """A bar for each download or archive; a line every half minute where there is no terminal."""
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
