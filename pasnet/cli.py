@@ -12,10 +12,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pasnet.config import ConfigError
+
+if TYPE_CHECKING:
+    from pasnet.experiments import Row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = commands.add_parser("list", help="the paper's rows: what is run and what the paper printed")
     listing.add_argument("--tables", nargs="*", default=[])
+    listing.add_argument("--cost", action="store_true", help="parameters, GMACs, memory per clip, measured clips/s")
+    listing.add_argument("--json", action="store_true", help="as JSON, for programs")
     listing.set_defaults(run=_list)
 
     train = commands.add_parser("train", help="one training; started again, it goes on where it was")
@@ -178,11 +184,31 @@ def _list(arguments: argparse.Namespace) -> None:
     from pasnet.experiments import select_rows, trainings
 
     rows = select_rows(arguments.tables)
+    if arguments.cost:
+        _list_cost(rows, arguments.json)
+        return
+    if arguments.json:
+        print(json.dumps([{"name": row.name, **asdict(row)} for row in rows], indent=1))
+        return
     for row in rows:
         k = ",".join(map(str, row.num_segments))
         paper = "–" if row.paper_top1 is None else f"{row.paper_top1:.2f}"
         print(f"{row.table:9} {row.dataset:7} {row.title:44} {row.strategy:15} K={k:15} paper {paper}")
     print(f"{len(rows)} rows, {len(trainings(rows))} trainings per split and seed")
+
+
+def _list_cost(rows: Sequence[Row], as_json: bool) -> None:
+    from pasnet.costing import cost_line, cost_rows, hardware, measured_speeds
+
+    speeds = measured_speeds()
+    found = cost_rows(rows, speeds)
+    if as_json:
+        print(json.dumps({"hardware": hardware(), "rows": found}, indent=1))
+        return
+    for row in found:
+        print(cost_line(row))
+    print("GB: kept per clip for the backward pass, fp32; in full / with checkpoint_pose / with freeze_pose")
+    print(f"clips/s: evaluation on {hardware()}" + ("" if speeds else "; run `python -m benchmarks.model_speed`"))
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -147,6 +147,9 @@ class OptimConfig:
     bn_mode: Literal["train", "partial", "frozen"] = "train"  # A13; partial: all but the first keep their statistics
     pose_lr_mult: float = 1.0  # A12
     freeze_pose: bool = False
+    # Keep a tenth of the pose network's activations and compute the others again in the backward pass: the same
+    # gradients and results, so that a run's identity does not depend on it (`pasnet list --cost` prints the sizes).
+    checkpoint_pose: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs < 1:

@@ -63,8 +63,10 @@ def train(config: TrainConfig, out: Path, on_epoch: Callable[[dict[str, Any]], N
     else:
         model.load_state_dict(state["model"])
     model.to(device)
-    if optim.freeze_pose and model.pose is not None:
-        model.pose.requires_grad_(False)
+    if model.pose is not None:
+        model.pose.checkpoint = optim.checkpoint_pose
+        if optim.freeze_pose:
+            model.pose.requires_grad_(False)
     optimizer = torch.optim.SGD(
         parameter_groups(model, optim.lr, optim.weight_decay, optim.pose_lr_mult),
         momentum=optim.momentum,
@@ -164,6 +166,7 @@ def run_digest(config: TrainConfig, shard_digest: str, parent_digest: str) -> st
     values = to_dict(config)
     values["data"] |= {"shards": shard_digest, "workers": None}
     values["init"] |= {"parent": parent_digest}
+    del values["optim"]["checkpoint_pose"]  # memory, not numbers
     for name in ("eco", "pose"):
         values["init"][name] = _content_of(values["init"][name])
     return digest([NUMERICS, values])

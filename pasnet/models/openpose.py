@@ -13,15 +13,21 @@ Deviations from the source:
     neither an optimiser nor DDP waits for gradients that cannot come. `unused` names them: skip them when
     thawing a frozen network;
   * `width` scales the hidden channels; the 38 fields and 19 heat maps keep their meaning and number.
+
+In training the network keeps 101 MB of maps per frame (width 1, 224 x 224, fp32) for its backward pass. With
+`checkpoint` set it keeps what enters each of ten parts, and runs a part again when its gradients are due: the same
+gradients, for one more forward pass. A network whose parameters are all frozen keeps nothing in either case.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
+from torch.utils.checkpoint import checkpoint
 
 # VGG-19's first ten convolutions and two that narrow them down: (name, outputs), None for a 2x2 max pooling.
 TRUNK: tuple[tuple[str, int] | None, ...] = (
@@ -64,6 +70,7 @@ class BodyNet(nn.Module):
         """`paf` and `heatmap`: whether training reads F and H."""
         super().__init__()
         self.paf, self.heatmap = paf, heatmap
+        self.checkpoint = False  # see the module's docstring; set it before training
 
         def scaled(channels: int) -> int:
             return max(4, 4 * int(channels * width / 4 + 0.5))
@@ -107,10 +114,33 @@ class BodyNet(nn.Module):
     def _conv(self, name: str, x: Tensor) -> Tensor:
         return self.get_submodule(name)(x)
 
+    def _part(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """function(*inputs), in training with `checkpoint` without keeping what it computes on the way."""
+        learns = self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if not (self.checkpoint and learns):
+            return function(*inputs)
+        # no dropout in here, so that there is no state of random numbers to restore
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
     def _trunk(self, x: Tensor) -> Tensor:
-        for layer in TRUNK:
-            x = max_pool2d(x, 2) if layer is None else relu(self._conv(layer[0], x), inplace=True)
+        """In four parts, each up to a pooling: what enters a part is small beside what is in it."""
+
+        def part(x: Tensor, start: int, stop: int) -> Tensor:
+            for layer in TRUNK[start:stop]:
+                x = max_pool2d(x, 2) if layer is None else relu(self._conv(layer[0], x), inplace=True)
+            return x
+
+        start = 0
+        for stop, layer in enumerate((*TRUNK, None), start=1):
+            if layer is None:
+                x, start = self._part(part, x, start, stop), stop
         return x
+
+    def _stage(self, stage: int, x: Tensor, trunk: Tensor) -> Tensor:
+        """A stage before the last: what the next one reads, the maps of both branches and the trunk."""
+        pafs = self._maps(stage, "L1", relu(self._hidden(stage, "L1", x), inplace=True))  # (N,38,28,28)
+        heat = self._maps(stage, "L2", relu(self._hidden(stage, "L2", x), inplace=True))  # (N,19,28,28)
+        return torch.cat([pafs, heat, trunk], dim=1)  # (N,185,28,28)
 
     def _hidden(self, stage: int, branch: str, x: Tensor) -> Tensor:
         """One branch up to the convolution before its maps, whose ReLU is still to come."""
@@ -127,16 +157,14 @@ class BodyNet(nn.Module):
         trunk = self._trunk(frames)  # (N,3,224,224) -> (N,128,28,28)
         x = trunk
         for stage in range(1, 6):
-            pafs = self._maps(stage, "L1", relu(self._hidden(stage, "L1", x), inplace=True))  # (N,38,28,28)
-            heat = self._maps(stage, "L2", relu(self._hidden(stage, "L2", x), inplace=True))  # (N,19,28,28)
-            x = torch.cat([pafs, heat, trunk], dim=1)  # (N,185,28,28)
+            x = self._part(self._stage, stage, x, trunk)
 
-        raw = self._hidden(6, "L2", x)  # (N,128,28,28)
+        raw = self._part(self._hidden, 6, "L2", x)  # (N,128,28,28)
         out = BodyMaps(implicit=relu(raw), implicit_pre_relu=raw)
         if self.heatmap or everything:
             out = out._replace(heatmaps=self._maps(6, "L2", out.implicit))  # (N,19,28,28)
         if self.paf or everything:
-            raw = self._hidden(6, "L1", x)  # (N,128,28,28)
+            raw = self._part(self._hidden, 6, "L1", x)  # (N,128,28,28)
             field = relu(raw)
             out = out._replace(paf_feature=field, paf_feature_pre_relu=raw)
             if everything:

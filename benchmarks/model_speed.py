@@ -1,0 +1,424 @@
+"""`python -m benchmarks.model_speed`: PAS-Net, ECO-Lite and I3D side by side, forward and training, CPU or GPU.
+
+Needs torch alone, no videos: clips are random. The reference is the plain form, module by module, fp32, eager, maps in
+torch's usual order; `--reference` only checks that the fast form agrees with it. Peers alternate in an order drawn for
+every round, medians are reported, and a ratio is one of samples of the same round. Utilisation is the share of this
+machine's own rate of large matrix products in the form's precision (of the same run): above 1 where Fourier tiles leave
+out multiplications that the count includes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import datetime
+import gc
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pasnet.config import FUSION_TITLES, FusionConfig, ModelConfig
+from pasnet.costing import hardware
+from pasnet.models.cost import cost
+from pasnet.models.fast import has_fast_bf16, optimised
+from pasnet.models.pasnet import PASNet, build
+
+RESULTS = Path(__file__).parent / "results"
+STYLE = "A+pool(I)+pool(F)"
+BOUND_AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}
+
+
+def main() -> None:
+    """Reads the command line, measures, prints the tables and writes JSON; exit code 1 where the forms disagree."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.model_speed", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="width 1/8, 64 px: shows that it runs, says nothing")
+    parser.add_argument("--reference", action="store_true", help="only check the fast form against the reference")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    bench = Bench(torch.device(arguments.device), arguments.rounds, arguments.quick)
+    content = bench.agreement() if arguments.reference else bench.everything()
+    report(content)
+    if not arguments.reference:
+        kind = "cpu" if arguments.device == "cpu" else hardware().lower().replace(" ", "-")
+        path = arguments.out / f"model-speed-{kind}{'-quick' if arguments.quick else ''}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        print(path)
+    sys.exit(0 if all(row["agrees"] for row in content["tables"]["agreement"]) else 1)
+
+
+class Bench:
+    """All measurements on one device. `quick` shrinks the networks and frames so that a test can run it."""
+
+    def __init__(self, device: torch.device, rounds: int, quick: bool) -> None:
+        self.device, self.rounds, self.quick = device, 1 if quick else rounds, quick
+        self.gpu = device.type == "cuda"
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; TF32 would miss the agreement of 1e-4
+        self.width, self.size = (0.125, 64) if quick else (1.0, 224)
+        self.bf16 = has_fast_bf16(device)
+        self.rates: dict[str, float] = {}
+        self.not_run: dict[str, str] = {} if self.bf16 else {"bf16": "not in this processor's hardware"}
+
+    # ---- what is run ----
+
+    def network(self, style: str, width: float | None = None) -> PASNet:
+        """The reference, in eval mode, with BN statistics of its own (fresh ones would make folding a no-op)."""
+        torch.manual_seed(0)
+        net = PASNet(ModelConfig(num_classes=101, width=width or self.width, fusion=FusionConfig(style=style)))
+        with torch.no_grad():
+            net.train()(self.clips(2, 2, 64, on="cpu"))
+        return net.eval().to(self.device)
+
+    def clips(self, batch: int, k: int, size: int | None = None, on: str = "") -> Tensor:
+        """Random uint8 clips (batch,K,3,size,size)."""
+        generator = torch.Generator().manual_seed(1)
+        shape = (batch, k, 3, size or self.size, size or self.size)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(on or self.device)
+
+    def forms(self, net: nn.Module, fourier: bool | None = None) -> dict[str, nn.Module]:
+        """The reference and the fast forms of a network that this device can run."""
+        if not isinstance(net, PASNet):  # I3D: channels-last and autocast is what there is
+            last = copy.deepcopy(net).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+            return {"reference": net, "fp32": last} | ({"bf16": Autocast(last, self.device)} if self.bf16 else {})
+        found: dict[str, nn.Module] = {"reference": net, "fp32": optimised(net, fourier=fourier)}
+        if self.bf16:
+            found["bf16"] = optimised(net, "bf16")
+        if self.gpu:
+            found["bf16, compiled"] = optimised(net, "bf16", compiled=True)
+        return found
+
+    # ---- how it is measured ----
+
+    def alternate(self, peers: dict[str, Callable[[], object]], rounds: int | None = None) -> dict[str, list[float]]:
+        """Seconds of every peer in every round, after one run to warm up. One that raises is left out, with why."""
+        seconds: dict[str, list[float]] = {name: [] for name in peers}
+        for number in range(-1, rounds or self.rounds):
+            names = [name for name in peers if name in seconds]
+            random.Random(number).shuffle(names)
+            for name in names:
+                try:
+                    self.wait()
+                    started = time.perf_counter()
+                    peers[name]()
+                    self.wait()
+                    if number >= 0:
+                        seconds[name].append(time.perf_counter() - started)
+                except (RuntimeError, MemoryError) as error:
+                    self.not_run[name] = str(error).splitlines()[0][:200]
+                    del seconds[name]
+                    gc.collect()
+        return seconds
+
+    def wait(self) -> None:
+        """Until the GPU has done what it was given."""
+        if self.gpu:
+            torch.cuda.synchronize()
+
+    def peak(self, work: Callable[[], object]) -> float:
+        """Peak memory in MB while `work` runs: a GPU's allocations, or this process's resident pages above before."""
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+            work()
+            self.wait()
+            return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+        gc.collect()
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # else freed pages that stay with the process hide what is taken
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak that VmHWM reports
+            before = _status("VmRSS")
+            work()
+            return round((_status("VmHWM") - before) / 1e3, 1)
+        except (OSError, AttributeError):
+            work()
+            return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)
+
+    def matmul_rates(self) -> None:
+        """10^9 multiply-adds per second of large matrix products, by precision: what `utilisation` is a share of."""
+        n = 1024 if self.quick else 8192 if self.gpu else 2048
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            if name == "bf16" and not self.bf16:
+                continue
+            a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
+            taken = self.alternate({"matmul": lambda a=a, b=b: a @ b}, 5)["matmul"]  # type: ignore[misc]
+            self.rates[name] = round(n**3 / min(taken) / 1e9, 1)
+
+    # ---- the tables ----
+
+    def everything(self) -> dict[str, Any]:
+        """All tables, with the hardware they come from."""
+        load = os.getloadavg()[0]
+        content: dict[str, Any] = {"date": datetime.date.today().isoformat(), "hardware": hardware()}
+        content |= {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+        self.matmul_rates()
+        content |= {"gmac_per_second_of_matmul": self.rates, "rounds": self.rounds, "tables": {}}
+        tables = content["tables"]
+        tables |= self.agreement()["tables"]
+        tables["forward"], ratios = self.forward()
+        tables["styles"] = self.styles()
+        tables["training"] = self.training()
+        tables["memory"] = self.memory()
+        worst = min((row["times_faster"] for row in tables["styles"] if row["form"] == "fp32"), default=None)
+        content["bounds"] = [
+            _bound("fast fp32 >= 1.5x the reference, K = 8, width 1", ratios.get("fp32"), 1.5),
+            _bound("fast bf16 >= 1.5x the reference, K = 8, width 1", ratios.get("bf16"), 1.5),
+            _bound("fast fp32 no slower than the reference, all styles and widths: the least", worst, 1.0),
+        ]
+        content["not_run"] = self.not_run
+        content["load_before_and_after"] = [round(load, 2), round(os.getloadavg()[0], 2)]
+        return content
+
+    def agreement(self) -> dict[str, Any]:
+        """The largest difference from the reference's logits over the largest logit; and of gradients, per tensor, of
+        the training form (bf16 where there is hardware: autocast) over the reference's norm."""
+        rows = []
+        for style in (STYLE, "A", "Conv(A,E*A)"):
+            net = self.network(style)
+            clips = self.clips(1, 8)
+            with torch.inference_mode():
+                expected = net(clips)
+                for form, fast in self.forms(net).items():
+                    if form != "reference":
+                        error = ((fast(clips) - expected).abs().max() / expected.abs().max()).item()
+                        rows.append({"network": style, "what": "logits", **_agrees(form, error)})
+            # gradients: a batch and a size that one CPU can do twice
+            wanted = self.gradients(net, False)
+            for form in ("fp32", "bf16") if self.bf16 else ("fp32",):
+                found = self.gradients(net, form == "bf16", last=True)
+                total = torch.sqrt(sum((g**2).sum() for g in wanted.values()))  # type: ignore[arg-type]
+                off = torch.sqrt(sum(((found[n] - g) ** 2).sum() for n, g in wanted.items()))  # type: ignore[arg-type]
+                rows.append({"network": style, "what": "gradients", **_agrees(form, (off / total).item())})
+            del net
+            gc.collect()
+        return {"tables": {"agreement": rows}}
+
+    def gradients(self, net: PASNet, autocast: bool, last: bool = False) -> dict[str, Tensor]:
+        """Of the cross-entropy of two clips of 4 frames, batch norm with its stored statistics."""
+        model = self.training_form(net) if last else net
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+            logits = model(self.clips(2, 4, 64 if self.quick else 112))
+        nn.functional.cross_entropy(logits.float(), torch.arange(2, device=self.device)).backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return found
+
+    def training_form(self, net: PASNet) -> PASNet:
+        """What `pasnet train` trains: the layout of `build`, the same weights."""
+        model = build(net.config).to(self.device)
+        model.load_state_dict(net.state_dict())
+        return model.train(net.training)
+
+    def forward(self) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """Clips per second by network, K, form and batch; and how many times the reference PAS-Net at K = 8 is."""
+        rows: list[dict[str, Any]] = []
+        ratios: dict[str, float] = {}
+        sizes = (8, 16, 32) if not self.quick else (2,)
+        batches = (1, 2, 4, 8, 16) if self.gpu else (1,)
+        cases: list[tuple[str, str, int, nn.Module | None]] = []
+        cases += [("PAS-Net", STYLE, k, None) for k in sizes] + [("ECO-Lite", "A", k, None) for k in sizes]
+        cases.append(("I3D", "", 64 if not self.quick else 16, self.i3d()))
+        for network, style, k, given in cases:
+            if network == "I3D" and given is None:
+                rows.append({"network": "I3D", "not_run": self.not_run["I3D"]})
+                continue
+            net = given if given is not None else self.network(style)
+            forms = self.forms(net)
+            if k > sizes[0] and not self.gpu and network == "PAS-Net":
+                del forms["reference"]  # its ratio is known from K = 8
+            for batch in batches if self.gpu or k != sizes[0] or network == "I3D" else (1, 4):
+                x = self.clips(batch, k)
+                work = {form: _inference(fast, x) for form, fast in forms.items() if batch == 1 or form != "reference"}
+                taken = self.alternate(work, 2 if k > sizes[0] and not self.gpu else None)
+                for form, seconds in taken.items():
+                    row = self.row(network, style, k, form, batch, seconds, self.macs(net, style, k))
+                    row["peak_mb"] = self.peak(work[form])
+                    rows.append(row)
+                    if network == "PAS-Net" and k == sizes[0] and batch == 1 and form != "reference":
+                        ratios[form] = _ratio(taken["reference"], seconds)
+                    print(f"  {network} K={k} batch {batch} {form}: {row['clips_per_second']}/s", file=sys.stderr)
+            del net, forms
+            gc.collect()
+        return rows, ratios
+
+    def styles(self) -> list[dict[str, Any]]:
+        """Every fusion style at every width, one clip of K = 8: how many times as fast as the reference."""
+        rows = []
+        for width in (0.125, 0.25, 0.5, 1.0) if not self.quick else (0.125,):
+            for style in FUSION_TITLES:
+                net = self.network(style, width)
+                x = self.clips(1, 8 if not self.quick else 2)
+                forms = self.forms(net)
+                rounds = self.rounds if self.gpu or net.pose is None else {0.5: 2, 1.0: 1}.get(width, self.rounds)
+                taken = self.alternate({form: _inference(fast, x) for form, fast in forms.items()}, rounds)
+                for form, seconds in taken.items():
+                    if form != "reference":
+                        row = {"style": style, "width": width, "form": form}
+                        rows.append(row | {"times_faster": _ratio(taken["reference"], seconds)})
+                del net, forms
+                gc.collect()
+            print(f"  styles at width {width}", file=sys.stderr)
+        return rows
+
+    def training(self) -> list[dict[str, Any]]:
+        """Forward and backward, clips per second: the reference against what `pasnet train` runs."""
+        rows: list[dict[str, Any]] = []
+        k, batches = (8, (1, 4, 16)) if self.gpu else (8 if not self.quick else 2, (1,))
+        for network, style in (("PAS-Net", STYLE), ("ECO-Lite", "A")):
+            net = self.network(style).train()
+            ours = self.training_form(net)
+            frozen, checked = self.training_form(net), self.training_form(net)
+            for batch in batches:
+                x = self.clips(batch, k)
+                work = {"reference": self.step(net, x, False), "fp32": self.step(ours, x, False)}
+                if self.bf16:
+                    work["bf16"] = self.step(ours, x, True)
+                if ours.pose is not None and checked.pose is not None and frozen.pose is not None:
+                    checked.pose.checkpoint = True
+                    frozen.pose.requires_grad_(False)
+                    work["fp32, checkpoint_pose"] = self.step(checked, x, False)
+                    work["fp32, freeze_pose"] = self.step(frozen, x, False)
+                for form, seconds in self.alternate(work, None if self.gpu else 2).items():
+                    row = self.row(network, style, k, form, batch, seconds, 3 * self.macs(net, style, k))
+                    row["peak_mb"] = self.peak(work[form])
+                    rows.append(row)
+                    print(f"  training {network} batch {batch} {form}: {row['clips_per_second']}/s", file=sys.stderr)
+            del net, ours, frozen, checked
+            gc.collect()
+        if (i3d := self.i3d()) is not None:
+            frames = 64 if not self.quick else 16
+            i3d.train()
+            work = {"reference": self.step(i3d, self.clips(1, frames), False)}
+            if self.bf16:
+                work["bf16"] = self.step(i3d, self.clips(1, frames), True)
+            for form, seconds in self.alternate(work, None if self.gpu else 2).items():
+                row = self.row("I3D", "", frames, form, 1, seconds, 3 * self.macs(i3d, "", frames))
+                rows.append(row | {"peak_mb": self.peak(work[form])})
+        return rows
+
+    def memory(self) -> list[dict[str, Any]]:
+        """What a clip leaves for the backward pass, counted: in full, with checkpoints, with a frozen pose network."""
+        rows = []
+        for k in (8, 16, 32):
+            of = cost(ModelConfig(num_classes=101, fusion=FusionConfig(style=STYLE)), k)
+            sizes = {"gb": of.activation_bytes, "gb_checkpoint": of.checkpointed_bytes, "gb_frozen": of.frozen_bytes}
+            rows.append({"num_segments": k, **{name: round(size / 1e9, 3) for name, size in sizes.items()}})
+        return rows
+
+    # ---- details ----
+
+    def step(self, model: nn.Module, x: Tensor, autocast: bool) -> Callable[[], object]:
+        """A forward and backward pass; gradients are thrown away."""
+        labels = torch.zeros(len(x), dtype=torch.long, device=self.device)
+
+        def run() -> None:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+                logits = model(x)
+            nn.functional.cross_entropy(logits.float(), labels).backward()
+            model.zero_grad(set_to_none=True)
+
+        return run
+
+    def row(
+        self, network: str, style: str, k: int, form: str, batch: int, seconds: list[float], gmacs: float
+    ) -> dict[str, Any]:
+        """One line of a table of speeds."""
+        median = statistics.median(seconds)
+        rate = self.rates["bf16" if "bf16" in form else "fp32"]
+        row: dict[str, Any] = {"network": network, "style": style, "num_segments": k, "width": self.width}
+        row |= {"form": form, "batch": batch, "clips_per_second": round(batch / median, 4)}
+        row |= {"utilisation": round(batch * gmacs / median / rate, 3), "seconds": [round(s, 4) for s in seconds]}
+        return row
+
+    def macs(self, net: nn.Module, style: str, k: int) -> float:
+        """10^9 multiply-adds of a clip."""
+        if isinstance(net, PASNet):
+            return cost(net.config, k, self.size).gmacs
+        shadow = copy.deepcopy(net).to("meta").eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            shadow(torch.empty(1, k, 3, self.size, self.size, dtype=torch.uint8, device="meta"))
+        return counter.get_total_flops() / 2e9
+
+    def i3d(self) -> nn.Module | None:
+        """The baseline with random weights, or None with a reason on record."""
+        try:
+            from pasnet.models.i3d import I3D
+        except ImportError as error:
+            self.not_run["I3D"] = str(error)
+            return None
+        torch.manual_seed(0)
+        return I3D(num_classes=400, **({"width": 0.125} if self.quick else {})).eval().to(self.device)
+
+
+class Autocast(nn.Module):
+    """A network under bf16 autocast."""
+
+    def __init__(self, net: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.net, self.device = net, device
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the network's, in fp32 again."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return self.net(x).float()
+
+
+def _inference(net: nn.Module, x: Tensor) -> Callable[[], object]:
+    def run() -> object:
+        with torch.inference_mode():
+            return net(x)
+
+    return run
+
+
+def _ratio(slower: list[float], faster: list[float]) -> float:
+    """Median over rounds of how many times as fast the second is."""
+    return round(statistics.median(a / b for a, b in zip(slower, faster, strict=True)), 3)
+
+
+def _agrees(form: str, error: float) -> dict[str, Any]:
+    bound = BOUND_AGREEMENT["bf16" if "bf16" in form else "fp32"]
+    return {"form": form, "error": float(f"{error:.2e}"), "bound": bound, "agrees": error <= bound}
+
+
+def _bound(text: str, measured: float | None, least: float) -> dict[str, Any]:
+    return {"bound": text, "measured": measured, "met": None if measured is None else measured >= least}
+
+
+def _status(name: str) -> int:
+    """A size in kB from /proc/self/status."""
+    for line in Path("/proc/self/status").read_text("utf-8").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def report(content: dict[str, Any]) -> None:
+    """Prints the tables and the bounds."""
+    for title, table in content["tables"].items():
+        print(f"\n{title}")
+        for row in table:
+            print("  " + "  ".join(f"{k} {v}" for k, v in row.items() if not isinstance(v, list)))
+    for line in content.get("bounds", []):
+        verdict = {True: "met", False: "NOT met", None: "not measured"}[line["met"]]
+        print(f"  {line['bound']:80} {line['measured']}  {verdict}")
+    for name, reason in content.get("not_run", {}).items():
+        print(f"  {name} not run: {reason}")
+
+
+if __name__ == "__main__":
+    main()
