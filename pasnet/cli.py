@@ -111,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, required=True)
     evaluate.set_defaults(run=_evaluate)
 
+    ensemble = commands.add_parser("ensemble", help="averages saved predictions of networks that saw the same videos")
+    ensemble.add_argument("predictions", type=Path, nargs="+", metavar="PRED.parquet", help="of pasnet evaluate")
+    ensemble.add_argument("--mean", choices=("softmax", "logits"), default="softmax", help="what is averaged")
+    ensemble.add_argument("--out", type=Path, required=True)
+    ensemble.set_defaults(run=_ensemble)
+
     report = commands.add_parser("report", help="RESULTS.md from finished studies")
     report.add_argument("studies", type=Path, nargs="+", help="folders with a results.json")
     report.add_argument("--out", type=Path, default=Path("RESULTS.md"))
@@ -279,10 +285,25 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from pasnet.train import evaluate_checkpoint
 
     numbers = evaluate_checkpoint(arguments.checkpoint, arguments.shards, arguments.out)
-    print(
+    print(_accuracy(numbers))
+
+
+def _accuracy(numbers: dict[str, float]) -> str:
+    return (
         f"top-1 {numbers['top1']:.2f} %  top-5 {numbers['top5']:.2f} %  mean class {numbers['mean_class']:.2f} %  "
         f"95 % interval {numbers['top1_low']:.1f} to {numbers['top1_high']:.1f}  ({numbers['videos']} videos)"
     )
+
+
+def _ensemble(arguments: argparse.Namespace) -> None:
+    from pasnet.predictions import Predictions, ensemble, metrics, write_evaluation
+
+    members = [Predictions.load(path) for path in arguments.predictions]
+    fused = ensemble(members, arguments.mean, names=[str(path) for path in arguments.predictions])
+    for path, member in zip(arguments.predictions, members, strict=True):
+        print(f"{path}: {_accuracy(metrics(member))}")
+    numbers = write_evaluation(fused, fused.names, arguments.out)
+    print(f"{arguments.out}, mean of {arguments.mean}: {_accuracy(numbers)}")
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -90,6 +90,7 @@ def _result(
         "commit": ", ".join(sorted({each["commit"] for each in done})),
         "top1": numbers["top1"],
         "top5": numbers["top5"],
+        "mean_class": numbers["mean_class"],
         "top1_low": numbers["top1_low"],
         "top1_high": numbers["top1_high"],
         "gap": gap,
@@ -99,6 +100,7 @@ def _result(
         "history": json.loads((Path(members[0].folder) / "history.json").read_text("utf-8"))
         if len(members) == 1
         else [],
+        "classes": _classes(members),
         "params": {
             **{name: value for name, value in flatten(to_dict(config)).items() if name not in PATHS},
             "dataset": of.dataset,
@@ -120,7 +122,10 @@ def _result(
                 Path(job.folder) / "config.json",
                 Path(job.folder) / "load_report.txt",
                 Path(job.folder) / "evaluation" / "predictions.parquet",
+                Path(job.folder) / "evaluation" / "per_class.csv",
+                Path(job.folder) / "evaluation" / "confusion.png",
             )
+            if path.is_file() or path.name not in ("per_class.csv", "confusion.png")  # evaluations of before have none
         ],
         "note": f"{row.table}, {row.title}: paper {row.paper_top1} on {row.dataset}; this run is on {of.dataset}, "
         f"width {config.model.width}, {data.input_size} px, {start}",
@@ -153,9 +158,20 @@ def _metrics(members: Sequence[Job]) -> dict[str, float]:
     if len(folders) == 1:
         numbers: dict[str, float] = json.loads((folders[0] / "metrics.json").read_text("utf-8"))
         return numbers
-    from pasnet.evaluate import Predictions, ensemble, metrics
+    from pasnet.predictions import Predictions, ensemble, metrics
 
-    return metrics(ensemble([Predictions.load(folder / "predictions.parquet") for folder in folders]))
+    files = [folder / "predictions.parquet" for folder in folders]
+    return metrics(ensemble([Predictions.load(file) for file in files], names=[str(file) for file in files]))
+
+
+def _classes(members: Sequence[Job]) -> list[dict[str, Any]]:
+    """Every class of a row that is one network, as pasnet/predictions.py: ClassResult; none for an ensemble."""
+    if len(members) > 1:
+        return []
+    from pasnet.predictions import read_per_class
+
+    found = read_per_class(Path(members[0].folder) / "evaluation" / "per_class.csv")
+    return [dataclasses.asdict(of) for of in found]
 
 
 def finish(

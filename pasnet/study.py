@@ -6,7 +6,7 @@ result lies in a folder named by a digest of all that decides it, and a step who
     out/data/<name>/                embedded synthetic videos
     out/shards/<dataset>/           shards (shards/README.md)
     out/trainings/<name>-<digest>/  one per training: config.json, last.pt, history.json, done.json, train.log,
-                                    evaluation/{metrics.json, predictions.parquet}
+                                    evaluation/{metrics.json, predictions.parquet, per_class.csv, confusion.png}
     out/results.json, RESULTS.md    one record per row x dataset x split x seed, and the page made from them
     out/mlflow.db, mlartifacts/     tracking, unless MLFLOW_TRACKING_URI says otherwise
 """

@@ -39,7 +39,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("synth", "shards", "train", "evaluate", "list", "report"))
+    assert all(command in shown for command in ("synth", "shards", "train", "evaluate", "ensemble", "list", "report"))
 
 
 def test_list_prints_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
