@@ -113,6 +113,7 @@ class DataConfig:
     flip: bool = True
     workers: int = 2  # loader processes; 0 loads in the training process
     train_fraction: float = 1.0  # share of the training videos used, the same share of every class
+    held_out: float = 0.0  # share of the training videos, whole groups, kept from training to choose by
 
     def __post_init__(self) -> None:
         if self.num_segments < 1:
@@ -125,6 +126,8 @@ class DataConfig:
             raise ConfigError(f"data.workers must be at least 0, got {self.workers}")
         if not 0 < self.train_fraction <= 1:
             raise ConfigError(f"train_fraction must be in (0, 1], got {self.train_fraction}")
+        if not 0 <= self.held_out <= 0.5:
+            raise ConfigError(f"held_out must be in [0, 0.5], got {self.held_out}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +142,16 @@ class OptimConfig:
     batch: int = 64  # clips per optimiser step
     micro_batch: int = 16  # clips per forward pass; gradients are accumulated up to `batch`
     clip_norm: float = 50.0  # of the accumulated gradient, just before the step
-    # "plateau_on_test_as_in_eco" divides lr by 10 when the test top-1 has not risen for `patience` epochs. It looks at
-    # the test list, as ECO-pytorch does; the other two do not.
-    schedule: Literal["plateau_on_test_as_in_eco", "steps", "constant"] = "plateau_on_test_as_in_eco"
+    # A plateau divides lr by 10 when top-1 has not risen for `patience` epochs. "plateau_on_test_as_in_eco" looks at
+    # the test list, as ECO-pytorch and so, most likely, the paper do: its numbers are a little too good.
+    # "plateau_on_held_out" looks at data.held_out, a part of the training list; the others look at nothing.
+    schedule: Literal["plateau_on_test_as_in_eco", "plateau_on_held_out", "steps", "constant"] = (
+        "plateau_on_test_as_in_eco"
+    )
     patience: int = 5
     steps: tuple[int, ...] = (20, 30)  # epochs after which "steps" divides lr by 10
     bn_mode: Literal["train", "partial", "frozen"] = "train"  # A13; partial: all but the first keep their statistics
+    sync_bn: bool = False  # over processes with a GPU each: statistics of all their clips, as of one large batch
     pose_lr_mult: float = 1.0  # A12
     freeze_pose: bool = False
     # Keep a tenth of the pose network's activations and compute the others again in the backward pass: the same
@@ -176,6 +183,7 @@ class InitConfig:
     eco: str = ""  # ECO-Lite checkpoint (Kinetics-400), or ECO's initial weights: appearance and temporal net of w0
     pose: str = ""  # OpenPose body checkpoint (COCO): pose network of w0
     parent: str = ""  # a checkpoint of ours, same dataset and split: step 1 of twice-finetune
+    pretrained: str = ""  # a checkpoint of ours from another dataset (D0): all but the head; "recent", or a w0 of ours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,15 +195,22 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     init: InitConfig = field(default_factory=InitConfig)
     seed: int = 0
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 is autocast; weights and optimiser stay fp32
+    # bf16 and fp16 (with loss scaling) are autocast; weights and optimiser stay fp32
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    compile: bool = False  # torch.compile: minutes at the start, for trainings of hours on a GPU
+    checkpoint_minutes: float = 10.0  # between checkpoints within an epoch: what a killed run loses at most
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"seed must be at least 0, got {self.seed}")
-        if self.init.parent and self.init.eco:
-            raise ConfigError(
-                "init.parent and init.eco both give the appearance and temporal weights; give one of them"
-            )
+        if not 0 <= self.checkpoint_minutes < math.inf:
+            raise ConfigError(f"checkpoint_minutes must be at least 0, got {self.checkpoint_minutes}")
+        given = [name for name in ("parent", "eco", "pretrained") if getattr(self.init, name)]
+        if len(given) > 1:
+            names = " and ".join(f"init.{name}" for name in given)
+            raise ConfigError(f"{names} all give the appearance and temporal weights; give one of them")
+        if self.optim.schedule == "plateau_on_held_out" and not self.data.held_out:
+            raise ConfigError("schedule plateau_on_held_out needs data.held_out, such as data.held_out=0.1")
         if self.init.pose and not self.model.needs_pose:
             raise ConfigError(f"fusion {self.model.fusion.style} has no pose network for init.pose={self.init.pose}")
 

@@ -9,9 +9,12 @@ resizes and colours a batch at once.
 
 from __future__ import annotations
 
+import collections
 import functools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import hashlib
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +24,17 @@ from torch.utils.data import DataLoader, Dataset
 from pasnet.config import DataConfig
 from shards import Batches, Clip, Clips, ShardSet, View, centre, clip_shape, open_shards, segment_indices
 
-__all__ = ["Batch", "ClipDataset", "Loader", "Planes", "ShardSet", "open_shards", "rgb_of_planes", "train_view"]
+__all__ = [
+    "Batch",
+    "ClipDataset",
+    "Loader",
+    "Planes",
+    "ShardSet",
+    "held_out",
+    "open_shards",
+    "rgb_of_planes",
+    "train_view",
+]
 
 CENTRE_CROP = 224 / 256  # of the frame height, at test time
 _NONE = np.empty(0, np.uint8)  # instead of frames that lie in shared memory
@@ -162,6 +175,11 @@ def _collate(items: list[tuple[Tensor, int, int, np.ndarray]]) -> Batch:
     return Batch(torch.stack(clips), torch.tensor(labels), torch.tensor(rows), torch.from_numpy(np.stack(frames)))
 
 
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A SIGTERM to the whole group is the training's to answer, which needs its workers until the step is over."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
@@ -169,7 +187,9 @@ def _as_it_is(batch: Any) -> Any:
 class Loader:
     """Batches of one subset. No clip is dropped: the last batch may be smaller.
 
-    `epoch(n)` iterates over epoch n; `rows` are the index rows that it visits, each once. With a CUDA `device` clips
+    `epoch(n)` iterates over epoch n; `rows` are the index rows that it visits, each once, over all `world` processes,
+    of which this one, number `rank`, takes every world-th. "held_out" is the part of the training list that config
+    keeps from training; it is shown as test clips are. With a CUDA `device` clips
     are already there, made on it; with `planes` they are on the CPU, too (for benchmarks and tests).
     """
 
@@ -180,23 +200,24 @@ class Loader:
         shards: ShardSet,
         config: DataConfig,
         *,
-        subset: str,
+        subset: Literal["train", "held_out", "test"],
         batch: int,
         seed: int,
         device: torch.device | str = "cpu",
         planes: bool = False,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         train, workers = subset == "train", config.workers
-        self.rows = shards.select(config.split, subset)
-        if train and config.train_fraction < 1:
-            self.rows = _share_per_class(self.rows, shards.labels, config.train_fraction)
+        self.rows = rows_of(shards, config, subset)
         self._shards, self.size, self.device = shards, config.input_size, torch.device(device)
-        self._batches = Batches(self.rows, batch, seed=seed if train else None)
+        self._batches = Batches(self.rows, batch, seed=seed if train else None, rank=rank, world=world)
         # else each new iterator draws from the global generator, and dropout would depend on the worker count
         options: dict[str, Any] = {
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "generator": torch.Generator(),
+            "worker_init_fn": _leave_signals_to_the_parent,
         }
         if workers:
             options["prefetch_factor"] = self.PREFETCH
@@ -204,7 +225,8 @@ class Loader:
         if planes or self.device.type == "cuda":
             slots = workers * self.PREFETCH + 2  # being filled, waiting, and the one in the caller's hands
             clips = _clips(shards, config, train=train, seed=seed, planes=True)
-            self._ring = _Ring(clips, config.num_segments, min(batch, len(self.rows)), slots)
+            largest = max(-(-total // world) for total in self.totals())  # the last one may hold one more
+            self._ring = _Ring(clips, config.num_segments, largest, slots)
             self._loader: DataLoader[Any] = DataLoader(
                 self._ring, batch_sampler=_Slots(self._batches, slots), collate_fn=_as_it_is, **options
             )
@@ -214,6 +236,15 @@ class Loader:
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    def close(self) -> None:
+        """Ends the worker processes, which otherwise live as long as anything (a traceback, say) refers to it."""
+        if (iterator := getattr(self._loader, "_iterator", None)) is not None:
+            iterator._shutdown_workers()
+
+    def totals(self) -> list[int]:
+        """How many clips each batch holds, over all processes."""
+        return self._batches.totals()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, counted from 0, without the first `start`."""
@@ -238,6 +269,39 @@ class Loader:
                 torch.tensor(rows),
                 torch.from_numpy(np.stack([clip.indices for clip in clips])),
             )
+
+
+def rows_of(shards: ShardSet, config: DataConfig, subset: Literal["train", "held_out", "test"]) -> np.ndarray:
+    """Index rows of a subset. "train" and "held_out" are what config.held_out makes of the official training list."""
+    rows = shards.select(config.split, "test" if subset == "test" else "train")
+    if subset == "test":
+        return rows
+    held = held_out(rows, shards.labels, shards.groups, config.held_out)
+    rows = rows[held if subset == "held_out" else ~held]
+    if subset == "train" and config.train_fraction < 1:
+        rows = _share_per_class(rows, shards.labels, config.train_fraction)
+    return rows
+
+
+def held_out(rows: np.ndarray, labels: np.ndarray, groups: Sequence[str], share: float) -> np.ndarray:
+    """Which of `rows` are held out, bool: per class whole groups until they hold `share` of its videos.
+
+    Videos of one group (of one actor and place, or of one film) are never on both sides, whatever their class. The
+    groups are taken in an order that is fixed by their names, so that every run holds out the same videos; one is left
+    out when a class would be left without training videos. A video without a group is one of its own.
+    """
+    names = np.array([groups[row] or f"video {row}" for row in rows])
+    held, left = np.zeros(len(rows), bool), {label: int((labels[rows] == label).sum()) for label in set(labels[rows])}
+    wanted = {label: share * count for label, count in left.items()}
+    for name in sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest()):
+        chosen = names == name
+        of = collections.Counter(labels[rows[chosen]].tolist())
+        if any(wanted[label] > 0 for label in of) and all(left[label] > count for label, count in of.items()):
+            held |= chosen
+            for label, count in of.items():
+                wanted[label] -= count
+                left[label] -= count
+    return held
 
 
 def _share_per_class(rows: np.ndarray, labels: np.ndarray, fraction: float) -> np.ndarray:

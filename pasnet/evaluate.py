@@ -6,7 +6,7 @@ Test protocol of the paper and of ECO: one clip per video, the centre frame of e
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from pasnet.data import Loader
+from pasnet.distributed import Processes
+from pasnet.models.fast import for_evaluation
 from pasnet.predictions import (
     EvaluationError,
     Predictions,
@@ -45,29 +47,48 @@ def set_precision(precision: str) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """The autocast context of a precision: bf16's, or none."""
-    if precision != "bf16":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    """The autocast context of a precision: bf16's or fp16's, or none."""
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, dtype=kinds[precision]) if precision in kinds else contextlib.nullcontext()
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, loader: Loader, keys: Sequence[str], device: torch.device, precision: str) -> Predictions:
-    """Class probabilities for every clip of a test loader; leaves the model in eval mode.
+def predict(
+    model: nn.Module,
+    loader: Loader,
+    keys: Sequence[str],
+    team: Processes,
+    precision: str,
+    interrupt: Callable[[], None] | None = None,
+) -> Predictions:
+    """Class probabilities for every clip of a test loader, in index order, in every process of the team; leaves the
+    model in eval mode. `interrupt` is called between batches and may raise.
 
-    Raises EvaluationError unless every video of the list was seen exactly once and gave finite numbers.
+    Raises EvaluationError unless every video of the list was seen exactly once, over all processes, and gave finite
+    numbers.
     """
     model.eval()
+    fast = for_evaluation(model, precision, len(loader.rows))
     parts = []
     for batch in loader.epoch(0):
-        with autocast(device, precision):
-            logits = model(batch.clips.to(device, non_blocking=True))
-        parts.append(
-            (logits.float().softmax(1).cpu().numpy(), batch.labels.numpy(), batch.rows.numpy(), batch.frames.numpy())
+        if interrupt:
+            interrupt()
+        clips = batch.clips.to(team.device, non_blocking=True)
+        if fast is not None:
+            logits = fast(clips)
+        else:
+            with autocast(team.device, precision):
+                logits = model(clips)
+        parts.append((logits.float().softmax(1), batch.labels.numpy(), batch.rows.numpy(), batch.frames.numpy()))
+    mine = [(part[0].cpu().numpy(), *part[1:]) for part in parts]
+    everyone = [part for parts in team.gather(mine) for part in parts]
+    probabilities, labels, rows, frames = (np.concatenate(column) for column in zip(*everyone, strict=True))
+    order = np.argsort(rows, kind="stable")
+    probabilities, labels, rows, frames = (column[order] for column in (probabilities, labels, rows, frames))
+    if not np.array_equal(rows, np.sort(loader.rows)):
+        raise EvaluationError(
+            f"{len(loader.rows)} test videos, but {len(rows)} clips of {len(set(rows))} videos were evaluated"
         )
-    probabilities, labels, rows, frames = (np.concatenate(column) for column in zip(*parts, strict=True))
-    if sorted(rows) != sorted(loader.rows):
-        raise EvaluationError(f"{len(loader.rows)} test videos, but {len(set(rows))} distinct ones were evaluated")
     if not np.isfinite(probabilities).all():
         bad = [keys[row] for row in rows[~np.isfinite(probabilities).all(1)][:3]]
         raise EvaluationError(f"the network gives NaN or infinity, for example for {', '.join(bad)}")

@@ -244,7 +244,7 @@ def jobs(study: Study, shards: Sequence[Shards]) -> tuple[Job, ...]:
 
 
 def _job(study: Study, of: Shards, training: Training, split: int, seed: int, parent: Job | None) -> Job:
-    from pasnet.train import run_digest
+    from pasnet.checkpoints import run_digest
 
     config = study.config_of(
         training,

@@ -1,72 +1,128 @@
 """One training: ECO (fusion "A") or PAS-Net, from a random start, public weights, or a checkpoint of ours.
 
 The loop is in `train`, on one screen. A run folder holds config.json, load_report.txt, history.json (one entry per
-epoch), last.pt (rewritten after each epoch) and, when the last epoch is done, done.json. Started again, a run goes on
-from last.pt; on a CPU the result is the same, bit for bit, as without the interruption.
+epoch), last.pt (rewritten after each epoch, and within one every config.checkpoint_minutes) and, when the last epoch is
+done, done.json. Started again, a run goes on from last.pt; on a CPU the result is the same, bit for bit, as without the
+interruption. Under torchrun it is one training of several processes, with the same steps as alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
-import sys
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pasnet import weights
-from pasnet.config import ConfigError, OptimConfig, TrainConfig, digest, from_dict, to_dict
-from pasnet.data import Batch, Loader, ShardSet, open_shards
-from pasnet.evaluate import autocast, metrics, predict, set_precision
-from pasnet.models.pasnet import PASNet, build, parameter_groups
+from pasnet import checkpoints
+from pasnet.checkpoints import identity_of, load_initial, model_of, read_own_checkpoint, run_digest
+from pasnet.config import ConfigError, OptimConfig, TrainConfig, to_dict
+from pasnet.data import Batch, Loader, open_shards
+from pasnet.distributed import Processes, processes, without_averaging
+from pasnet.evaluate import Source, autocast, metrics, predict, set_precision, write_evaluation
+from pasnet.models.pasnet import build, parameter_groups
+from pasnet.progress import EpochBar
 from pasnet.provenance import commit, versions
-
-# Part of every run's identity. Raise it when a change to networks, data or training changes what comes out, so that
-# finished runs are not taken for new ones.
-NUMERICS = 1
 
 
 class TrainingError(RuntimeError):
     """A training that cannot go on; the message says where and what was at hand."""
 
 
+class StoppedError(RuntimeError):
+    """A training that was asked to stop (SIGTERM) and has saved how far it came."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """How far an epoch has come, over all processes: what a checkpoint within the epoch must know."""
+
+    batches: int = 0  # of the loader, each of which every process takes a part of
+    seen: int = 0  # clips
+    loss: float = 0.0  # summed over them
+    hits: int = 0
+    seconds: float = 0.0  # spent on it
+    waited: float = 0.0  # of those, for the loader
+
+
 def train(config: TrainConfig, out: Path, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Trains to the last epoch and returns {"last": ..., "best_on_test": ..., "seconds": ...}, also in done.json.
 
-    `on_epoch` gets each epoch's record as it ends. Raises ConfigError, WeightsError and ShardError before the first
-    step, TrainingError when the loss is not finite.
+    `on_epoch` gets each epoch's record as it ends, in the main process. Raises ConfigError, WeightsError and ShardError
+    before the first step, TrainingError when the loss is not finite (failure.json names the clips), StoppedError after
+    SIGTERM.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with processes() as team, stop_signal() as stop, ExitStack() as stack:
+        return _train(config, Path(out), on_epoch, team, stop, stack)
+
+
+def _train(
+    config: TrainConfig,
+    out: Path,
+    on_epoch: Callable[[dict[str, Any]], None] | None,
+    team: Processes,
+    stop: threading.Event,
+    stack: ExitStack,
+) -> dict[str, Any]:
+    optim, device = config.optim, team.device
     set_precision(config.precision)
     shards = open_shards(Path(config.data.shards))
     if config.model.num_classes != len(shards.class_names):
         raise ConfigError(f"model.num_classes is {config.model.num_classes}, the shards have {len(shards.class_names)}")
-    optim, micro = config.optim, min(config.optim.batch, config.optim.micro_batch)
-    train_loader = Loader(shards, config.data, subset="train", batch=micro, seed=config.seed, device=device)
-    test_loader = Loader(shards, config.data, subset="test", batch=micro, seed=config.seed, device=device)
+    micro = micro_batch(optim, team.world)
+
+    def loader(subset: Literal["train", "held_out", "test"]) -> Loader:
+        made = Loader(
+            shards,
+            config.data,
+            subset=subset,
+            batch=micro,
+            seed=config.seed,
+            device=device,
+            rank=team.rank,
+            world=team.world,
+        )
+        return stack.enter_context(closing(made))
+
+    train_loader, test_loader = loader("train"), loader("test")
+    held_out_loader = loader("held_out") if config.data.held_out else None
 
     torch.manual_seed(config.seed)
     model = build(config.model)
-    identity = run_digest(config, shards.digest, _identity_of(config.init.parent))
-    state = _resume(out / "last.pt", config, shards, identity)
+    identity = run_digest(config, shards.digest, identity_of(config.init.parent))
+    state = checkpoints.resume(out / "last.pt", config, shards, identity)
     if state is None:
         report = load_initial(model, config, shards)
-        _write(out / "config.json", json.dumps(to_dict(config), indent=1))
-        _write(out / "load_report.txt", report + "\n")
-        print(report, flush=True)
+        if team.main:
+            out.mkdir(parents=True, exist_ok=True)
+            _write(out / "config.json", json.dumps(to_dict(config), indent=1))
+            _write(out / "load_report.txt", report + "\n")
+        team.say(report)
     else:
         model.load_state_dict(state["model"])
+    if optim.sync_bn and team.world > 1:
+        if device.type != "cuda":
+            raise ConfigError("optim.sync_bn needs GPUs: torch has no synchronised batch norm for CPUs")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device)
     if model.pose is not None:
         model.pose.checkpoint = optim.checkpoint_pose
         if optim.freeze_pose:
             model.pose.requires_grad_(False)
+    set_train_mode(model, optim)  # settles which parameters learn, before optimiser and processes look at them
     optimizer = torch.optim.SGD(
         parameter_groups(model, optim.lr, optim.weight_decay, optim.pose_lr_mult),
         momentum=optim.momentum,
@@ -74,123 +130,257 @@ def train(config: TrainConfig, out: Path, on_epoch: Callable[[dict[str, Any]], N
     )
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")  # type: ignore[attr-defined]
     history: list[dict[str, Any]] = []
+    tally = Tally()
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
-        history = state["history"]
-        print(f"going on after epoch {len(history)} of {optim.epochs}", flush=True)
+        scaler.load_state_dict(state["scaler"])
+        history, tally = state["history"], Tally(**(state["within"] or {}))
+        team.say(f"going on after epoch {len(history)} of {optim.epochs} and {tally.seen} clips of the next")
+    wrapped = team.wrap(model)
+    forward: Callable[[Tensor], Tensor] = torch.compile(wrapped) if config.compile else wrapped  # type: ignore[assignment]
+
+    totals, each = train_loader.totals(), optim.batch // (micro * team.world)  # loader batches in a step
+    saved = time.monotonic()
+
+    def save(within: Tally | None) -> None:
+        nonlocal saved
+        if team.main:
+            checkpoints.save(
+                out / "last.pt",
+                config,
+                shards,
+                identity,
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict(),
+                history=history,
+                within=asdict(within) if within else None,
+            )
+        saved = time.monotonic()
+
+    def interrupt() -> None:  # of an evaluation; several processes would wait for each other, and finish it
+        if stop.is_set() and team.world == 1:
+            save(tally)
+            raise StoppedError("stopped in the evaluation of an epoch; start again to go on")
+
+    def evaluate(on: Loader) -> dict[str, float]:
+        return metrics(predict(model, on, shards.keys, team, config.precision, interrupt))
 
     for epoch in range(len(history), optim.epochs):
-        # dropout's draws depend on the epoch, not on how the run got here
-        torch.manual_seed((config.seed << 20) + epoch)
-        lr_scale = lr_scale_at(epoch, optim, history)
+        lr = optim.lr * lr_scale_at(epoch, optim, history)
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * lr_scale
+            group["lr"] = group["base_lr"] * lr / optim.lr
         set_train_mode(model, optim)
-        started, waited, total_loss, hits, seen = time.perf_counter(), 0.0, 0.0, 0, 0
-        pending = time.perf_counter()
-        for batch in _with_progress(train_loader.epoch(epoch), len(train_loader), f"epoch {epoch + 1}/{optim.epochs}"):
-            waited += time.perf_counter() - pending
-            clips, labels = batch.clips.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
-            in_step = min(optim.batch, len(train_loader.rows) - seen // optim.batch * optim.batch)
-            with autocast(device, config.precision):
-                logits = model(clips)
-                total = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-                loss = total / in_step  # the mean over the whole step, of which this is a part
-            if not torch.isfinite(loss):
-                names = ", ".join(shards.keys[row] for row in batch.rows.tolist())
-                raise TrainingError(
-                    f"loss is {loss.item()} in epoch {epoch + 1}, lr {optim.lr * lr_scale:g}, clips: {names}"
-                )
-            loss.backward()
-            seen += len(labels)
-            if seen % optim.batch == 0 or seen == len(train_loader.rows):
-                nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            total_loss += loss.item() * in_step
-            hits += int((logits.argmax(1) == labels).sum())
-            pending = time.perf_counter()
-        trained = time.perf_counter() - started
-        test = metrics(predict(model, test_loader, shards.keys, device, config.precision))
+        number, step = tally.batches, Step(started=time.perf_counter())
+        title = f"epoch {epoch + 1}/{optim.epochs}"
+        with EpochBar(title, sum(totals), tally.seen, show=team.main) as bar:
+            for batch in train_loader.epoch(epoch, start=number):
+                step.waited += time.perf_counter() - step.pending
+                first = number // each * each
+                clips_in_step = sum(totals[first : first + each])
+                step_ends = number + 1 == min(first + each, len(totals))
+                # dropout's draws depend on the place in the training, not on how the run got here
+                torch.manual_seed(_seed_at(config.seed, epoch, number, team.rank))
+                clips, labels = batch.clips.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+                with nullcontext() if step_ends else without_averaging(wrapped):
+                    with autocast(device, config.precision):
+                        logits = forward(clips)
+                    loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+                    # the mean over the whole step, of which this is a part; processes average their gradients
+                    scaler.scale(loss * (team.world / clips_in_step)).backward()
+                step.parts.append((batch, loss.detach(), (logits.argmax(1) == labels).sum()))
+                number += 1
+                if step_ends:
+                    scaler.unscale_(optimizer)
+                    norm = nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+                    due = time.monotonic() - saved >= 60 * config.checkpoint_minutes and number < len(totals)
+                    # the one place where the CPU waits for a GPU, and a process for the others
+                    closed = _close(
+                        step, norm, keys=shards.keys, scaled=scaler.is_enabled(), stop=stop, due=due, team=team
+                    )
+                    if closed.broken:
+                        raise _not_finite(closed, title, lr, out, team)
+                    scaler.step(optimizer)
+                    scaler.update()
+                    optimizer.zero_grad(set_to_none=True)
+                    tally.batches, tally.seen = number, tally.seen + clips_in_step
+                    tally.loss, tally.hits = tally.loss + closed.loss, tally.hits + closed.hits
+                    tally.seconds += time.perf_counter() - step.started
+                    tally.waited += step.waited
+                    bar.show(tally.seen, tally.loss / tally.seen, 100 * tally.hits / tally.seen, tally.waited)
+                    if closed.due or closed.stop:
+                        save(tally)
+                    if closed.stop:
+                        raise StoppedError(f"stopped in {title} after {tally.seen} clips; start again to go on")
+                    step = Step(started=time.perf_counter())
+                step.pending = time.perf_counter()
+
+        started = time.perf_counter()
+        held_out = evaluate(held_out_loader) if held_out_loader else None
+        test = evaluate(test_loader)
         record = {
             "epoch": epoch + 1,
-            "lr": optim.lr * lr_scale,
-            "train_loss": total_loss / seen,
-            "train_top1": 100 * hits / seen,
+            "lr": lr,
+            "train_loss": tally.loss / tally.seen,
+            "train_top1": 100 * tally.hits / tally.seen,
+            **({"held_out_top1": held_out["top1"]} if held_out else {}),
             "test_top1": test["top1"],
             "test_top5": test["top5"],
-            "clips_per_second": seen / trained,
-            "data_wait": waited / trained,  # share of the training time spent waiting for the loader
-            "seconds": time.perf_counter() - started,
+            "clips_per_second": tally.seen / tally.seconds,
+            "data_wait": tally.waited / tally.seconds,  # share of the training time spent waiting for the loader
+            "seconds": tally.seconds + time.perf_counter() - started,
+            **({"gpu_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}),
         }
         history.append(record)
-        _save(out / "last.pt", model, optimizer, history, config, shards, identity)
-        _write(out / "history.json", json.dumps(history, indent=1))
-        print(describe(record, optim.epochs), flush=True)
-        if on_epoch:
-            on_epoch(record)
+        tally = Tally()
+        save(None)
+        if team.main:
+            _write(out / "history.json", json.dumps(history, indent=1))
+            if on_epoch:
+                on_epoch(record)
+        team.say(describe(record, optim.epochs))
+        if any(team.gather(stop.is_set())) and epoch + 1 < optim.epochs:
+            raise StoppedError(f"stopped after {title}; start again to go on")
 
-    best = max(history, key=lambda record: record["test_top1"])
     result = {
         "last": history[-1],
-        "best_on_test": {"epoch": best["epoch"], "top1": best["test_top1"]},
+        "best_on_test": _best(history, "test_top1"),
+        **({"best_on_held_out": _best(history, "held_out_top1")} if held_out_loader else {}),
         "seconds": sum(record["seconds"] for record in history),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "processes": team.world,
         "commit": commit(),
         **versions(),
     }
-    _write(out / "done.json", json.dumps(result, indent=1))
+    if team.main:
+        _write(out / "done.json", json.dumps(result, indent=1))
     return result
 
 
+@dataclass(kw_only=True)
+class Step:
+    """The parts of the optimiser step under way: (batch, sum of losses, hits), still on the device."""
+
+    started: float
+    pending: float = 0.0  # since when the loader is being waited for
+    waited: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.pending = self.started
+        self.parts: list[tuple[Batch, Tensor, Tensor]] = []
+
+
+@dataclass(kw_only=True)
+class Closed:
+    """What all processes know at the end of a step: sums over their clips, and what any of them wants."""
+
+    loss: float
+    hits: int
+    broken: bool  # some loss or gradient is not finite
+    bad: list[str]  # keys of the clips of such a loss; of the whole step when it is the gradient alone
+    norm: float
+    stop: bool
+    due: bool  # for a checkpoint
+
+
+def _close(
+    step: Step, norm: Tensor, *, keys: list[str], scaled: bool, stop: threading.Event, due: bool, team: Processes
+) -> Closed:
+    *losses, gradient = torch.stack([*(loss for _, loss, _ in step.parts), norm.float()]).tolist()
+    hits = int(torch.stack([of for _, _, of in step.parts]).sum())
+    # loss scaling leaves out a step whose gradient is infinite, and goes on with a smaller scale
+    broken = not all(map(math.isfinite, losses)) or not (scaled or math.isfinite(gradient))
+    bad = [b for (b, _, _), loss in zip(step.parts, losses, strict=True) if not math.isfinite(loss)]
+    named = [keys[row] for batch in bad for row in batch.rows.tolist()]
+    everyone = [keys[row] for batch, _, _ in step.parts for row in batch.rows.tolist()] if broken else []
+    found = team.gather((sum(losses), hits, broken, named, everyone, stop.is_set(), due))
+    loss, hit, broke, clips, all_clips, stops, dues = zip(*found, strict=True)
+    return Closed(
+        loss=sum(loss),
+        hits=sum(hit),
+        broken=any(broke),
+        bad=list(chain(*clips)) or list(chain(*all_clips)),
+        norm=gradient,
+        stop=any(stops),
+        due=any(dues),
+    )
+
+
+def _not_finite(closed: Closed, where: str, lr: float, out: Path, team: Processes) -> TrainingError:
+    """The error, after its circumstances are on record."""
+    record = {"where": where, "lr": lr, "loss": closed.loss, "gradient_norm": closed.norm, "clips": closed.bad}
+    if team.main:
+        _write(out / "failure.json", json.dumps(record, indent=1))
+    return TrainingError(
+        f"loss or gradient is not finite in {where} (sum of losses {closed.loss}, gradient norm {closed.norm}), "
+        f"lr {lr:g}, clips: {', '.join(closed.bad[:16])}; {out / 'failure.json'} has them all, last.pt is from before"
+    )
+
+
 def evaluate_checkpoint(checkpoint: Path, shards_folder: Path, out: Path) -> dict[str, float]:
-    """Test-list metrics of a last.pt; writes out/predictions.parquet and out/metrics.json, and returns the metrics."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shards = open_shards(Path(shards_folder))
-    model, config = model_of(read_own_checkpoint(Path(checkpoint), None, shards))
-    set_precision(config.precision)
-    batch = min(config.optim.batch, config.optim.micro_batch)
-    loader = Loader(shards, config.data, subset="test", batch=batch, seed=config.seed, device=device)
-    predictions = predict(model.to(device), loader, shards.keys, device, config.precision)
-    numbers = metrics(predictions)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    predictions.save(out / "predictions.parquet")
-    _write(out / "metrics.json", json.dumps(numbers, indent=1))
-    return numbers
+    """Test-list metrics of a last.pt, returned and, with all that belongs to them, in `out` (see write_evaluation)."""
+    with processes() as team:
+        shards = open_shards(Path(shards_folder))
+        found = read_own_checkpoint(Path(checkpoint), None, shards)
+        model, config = model_of(found)
+        set_precision(config.precision)
+        loader = Loader(
+            shards,
+            config.data,
+            subset="test",
+            batch=micro_batch(config.optim, team.world),
+            seed=config.seed,
+            device=team.device,
+            rank=team.rank,
+            world=team.world,
+        )
+        predictions = predict(model.to(team.device), loader, shards.keys, team, config.precision)
+        if not team.main:
+            return metrics(predictions)
+        source = Source(
+            dataset=shards.manifest["dataset"],
+            split=config.data.split,
+            shards=shards.digest,
+            training=found["identity"],
+        )
+        return write_evaluation(predictions, shards.class_names, Path(out), source=source)
 
 
-def run_digest(config: TrainConfig, shard_digest: str, parent_digest: str) -> str:
-    """The identity of a training: everything that decides its result, and nothing that does not (paths, workers)."""
-    values = to_dict(config)
-    values["data"] |= {"shards": shard_digest, "workers": None}
-    values["init"] |= {"parent": parent_digest}
-    del values["optim"]["checkpoint_pose"]  # memory, not numbers
-    for name in ("eco", "pose"):
-        values["init"][name] = _content_of(values["init"][name])
-    return digest([NUMERICS, values])
+def micro_batch(optim: OptimConfig, world: int) -> int:
+    """Clips of one forward pass in one of `world` processes, so that whole ones make up a step.
 
-
-def _identity_of(parent: str) -> str:
-    """The identity that a checkpoint of ours holds. Not its sha256: the file holds timings too."""
-    if not Path(parent).is_file():
-        return parent
-    return str(torch.load(parent, map_location="cpu", weights_only=True).get("identity", ""))
-
-
-def _content_of(path: str) -> str:
-    """The sha256 of a weights file; the path itself where there is no file (whoever reads it complains)."""
-    return weights.sha256_of(Path(path)) if Path(path).is_file() else path
+    Raises ConfigError where the effective batch cannot be shared equally.
+    """
+    if optim.batch % world:
+        raise ConfigError(f"optim.batch {optim.batch} cannot be shared by {world} processes equally")
+    mine = optim.batch // world
+    micro = min(mine, optim.micro_batch)
+    if mine % micro:
+        raise ConfigError(
+            f"optim.batch {optim.batch} over {world} processes is {mine} clips each, no multiple of micro_batch {micro}"
+        )
+    return micro
 
 
 def describe(record: dict[str, Any], epochs: int) -> str:
     """One line for one epoch."""
+    held_out = f"held out {record['held_out_top1']:5.1f} %  " if "held_out_top1" in record else ""
+    left = (epochs - record["epoch"]) * record["seconds"]
+    memory = f"  {record['gpu_gib']:.1f} GiB" if "gpu_gib" in record else ""
     return (
         f"epoch {record['epoch']:>3}/{epochs}  loss {record['train_loss']:.4f}  train {record['train_top1']:5.1f} %  "
-        f"test {record['test_top1']:5.1f} %  lr {record['lr']:.0e}  {record['clips_per_second']:.1f} clips/s  "
-        f"data wait {100 * record['data_wait']:.0f} %  {record['seconds']:.1f} s"
+        f"{held_out}test {record['test_top1']:5.1f} %  lr {record['lr']:.0e}  "
+        f"{record['clips_per_second']:.1f} clips/s  data wait {100 * record['data_wait']:.0f} %{memory}  "
+        f"{record['seconds']:.1f} s, {_duration(left)} left"
     )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def lr_scale_at(epoch: int, optim: OptimConfig, history: list[dict[str, Any]]) -> float:
@@ -199,9 +389,10 @@ def lr_scale_at(epoch: int, optim: OptimConfig, history: list[dict[str, Any]]) -
         return 1.0
     if optim.schedule == "steps":
         return 0.1 ** sum(epoch >= step for step in optim.steps)
+    looked_at = "held_out_top1" if optim.schedule == "plateau_on_held_out" else "test_top1"
     best, since, drops = -1.0, 0, 0
     for record in history:
-        best, since = (record["test_top1"], 0) if record["test_top1"] > best else (best, since + 1)
+        best, since = (record[looked_at], 0) if record[looked_at] > best else (best, since + 1)
         if since == optim.patience:
             drops, since = drops + 1, 0
     return 0.1**drops
@@ -210,131 +401,38 @@ def lr_scale_at(epoch: int, optim: OptimConfig, history: list[dict[str, Any]]) -
 def set_train_mode(model: nn.Module, optim: OptimConfig) -> None:
     """model.train(), with batch norm as `bn_mode` says; called every epoch, since train() resets what it finds."""
     model.train()
-    norms = [module for module in model.modules() if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d))]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     still = {"train": [], "partial": norms[1:], "frozen": norms}[optim.bn_mode]
     for norm in still:
         norm.eval()
         norm.requires_grad_(False)
 
 
-def load_initial(model: PASNet, config: TrainConfig, shards: ShardSet) -> str:
-    """Fills a fresh model from `config.init`; returns a report, one line per part. What has no source stays random."""
-    state, lines = model.state_dict(), []
-    pose = {key: value for key, value in state.items() if key.startswith("pose.")}
-    # the one layer that the "I only" option makes anew (A8)
-    remade = (
-        ["temporal.res3a_2."] if config.model.fusion.i_only == "new_res3a" and config.model.fusion.style == "I" else []
-    )
-    if config.init.parent:
-        parent = read_own_checkpoint(Path(config.init.parent), config, shards)["model"]
-        new = ["pose.", "fusion."] if not any(key.startswith("pose.") for key in parent) else ["fusion."]
-        lines.append(weights.merge(state, parent, source=config.init.parent, may_miss=[*new, *remade]).summary())
-        if any(key.startswith("pose.") for key in parent):
-            pose = {}  # a PAS-Net went on from a PAS-Net
-            if config.init.pose:
-                raise ConfigError(f"{config.init.parent} holds a pose network; leave init.pose empty")
-    elif config.init.eco:
-        start = weights.read_start(Path(config.init.eco))
-        ours = {key: value for key, value in state.items() if key.startswith(("appearance.", "temporal.", "head."))}
-        head = start.tensors.get("head.weight")
-        # a head of other classes, such as Kinetics' 400, is trained anew
-        other = ["head."] if head is not None and len(head) != config.model.num_classes else []
-        may_miss = [*start.may_miss, *other, *remade]
-        lines.append(weights.merge(ours, start.tensors, source=config.init.eco, may_miss=may_miss).details())
-        frames = start.checkpoint.preprocessing
-        if frames and frames.subtract != config.model.appearance_mean:
-            mean = ",".join(f"{value:g}" for value in frames.subtract)
-            lines.append(
-                f"{config.init.eco}: was trained on {frames}; --set model.appearance_mean={mean} does the same"
-            )
-    else:
-        lines.append("appearance, temporal, head: random start")
-    if pose and config.init.pose:
-        tensors = weights.pose_to_pasnet(weights.read_checkpoint(Path(config.init.pose), "pose"))
-        lines.append(weights.merge(pose, tensors, source=config.init.pose).summary())
-        lines.append(weights.authenticity(Path(config.init.pose), "pose"))
-    elif pose:
-        lines.append("pose: random start")
-    return "\n".join(lines)
-
-
-def read_own_checkpoint(path: Path, config: TrainConfig | None, shards: ShardSet) -> dict[str, Any]:
-    """A last.pt of ours. Raises WeightsError when it was trained on other data or another split: the test videos of
-    one split are training videos of another, and accuracies near 100 % have been published that way."""
-    if not path.is_file():
-        raise weights.WeightsError(f"{path}: no such checkpoint; train it first")
+@contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, so that the loop can end at a step's end with a checkpoint."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        trained_on = checkpoint["data"]
-    except Exception as error:
-        raise weights.WeightsError(
-            f"{path}: not a checkpoint of pasnet train ({type(error).__name__}: {error})"
-        ) from error
-    split = config.data.split if config is not None else trained_on["split"]
-    wanted = {"dataset": shards.manifest["dataset"], "digest": shards.digest, "split": split}
-    for name, value in wanted.items():
-        if trained_on[name] != value:
-            raise weights.WeightsError(f"{path}: was trained on {name} {trained_on[name]}, this run is on {value}")
-    return checkpoint
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def model_of(checkpoint: dict[str, Any]) -> tuple[PASNet, TrainConfig]:
-    """The network of a checkpoint, with its weights, and the config that trained it."""
-    config: TrainConfig = from_dict(TrainConfig, checkpoint["config"])
-    model = build(config.model)
-    model.load_state_dict(checkpoint["model"])
-    return model, config
+def _seed_at(seed: int, epoch: int, number: int, rank: int) -> int:
+    text = f"{seed} {epoch} {number} {rank}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1  # torch takes 63 bits
 
 
-def _resume(path: Path, config: TrainConfig, shards: ShardSet, identity: str) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    checkpoint = read_own_checkpoint(path, config, shards)
-    if checkpoint["identity"] != identity:
-        raise ConfigError(f"{path}: is a run with other settings; give another folder, or remove this one")
-    return checkpoint
-
-
-def _save(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    history: list[dict[str, Any]],
-    config: TrainConfig,
-    shards: ShardSet,
-    identity: str,
-) -> None:
-    checkpoint = {
-        "identity": identity,
-        "config": json.loads(json.dumps(to_dict(config))),  # plain lists, which weights_only loading admits
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "history": history,
-        "data": {
-            "dataset": shards.manifest["dataset"],
-            "digest": shards.digest,
-            "split": config.data.split,
-            "class_names": list(shards.class_names),
-        },
-    }
-    scratch = path.with_suffix(".tmp")
-    with open(scratch, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())  # a rename may reach the disk before the content does
-    os.replace(scratch, path)
+def _best(history: list[dict[str, Any]], by: str) -> dict[str, Any]:
+    best = max(history, key=lambda record: record[by])
+    return {"epoch": best["epoch"], "top1": best["test_top1"]}
 
 
 def _write(path: Path, text: str) -> None:
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(text, "utf-8")
     os.replace(scratch, path)
-
-
-def _with_progress(batches: Iterator[Batch], total: int, title: str) -> Iterator[Batch]:
-    """A bar on a terminal; silence elsewhere, where each epoch prints its line."""
-    if not sys.stderr.isatty():
-        return batches
-    from rich.progress import track
-
-    return iter(track(batches, title, total=total, transient=True))

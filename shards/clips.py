@@ -114,8 +114,8 @@ class Batches:
     The order is a permutation drawn from (seed, epoch), or that of `rows` when `seed` is None. Step i of the epoch
     takes the next `batch` x `world` rows, of which rank r takes every world-th. The last step may be smaller; where
     it would leave a rank with nothing, its clips go into the step before (one more for some ranks). `epoch` is
-    set before each epoch, `start` only by a resumed run, before the epoch that it goes on with: how many batches to
-    leave out this once. These two ints are all the state there is.
+    set before each epoch; a resumed run then sets `start`, how many batches of that epoch to leave out. These two ints
+    are all the state there is, and iterating does not change them (a DataLoader with workers begins twice).
     """
 
     def __init__(
@@ -126,13 +126,21 @@ class Batches:
         if len(rows) < world:
             raise ValueError(f"{len(rows)} clips cannot be shared by {world} processes; use fewer")
         self.rows, self.batch, self.seed, self.rank, self.world = np.asarray(rows), batch, seed, rank, world
-        self.epoch, self.start = 0, 0
+        self.epoch = 0
+
+    @property
+    def epoch(self) -> int:
+        """Which epoch to deal next; setting it sets `start` to 0."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch, self.start = epoch, 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        start, self.start = self.start, 0
-        if not 0 <= start <= len(self._steps()):
-            raise ValueError(f"start must be 0 to {len(self._steps())} batches, got {start}")
-        return self._deal(self.epoch, start)
+        if not 0 <= self.start <= len(self._steps()):
+            raise ValueError(f"start must be 0 to {len(self._steps())} batches, got {self.start}")
+        return self._deal(self.epoch, self.start)
 
     def _deal(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
         rows = self.rows
@@ -143,6 +151,10 @@ class Batches:
 
     def __len__(self) -> int:
         return len(self._steps())
+
+    def totals(self) -> list[int]:
+        """How many clips each batch of an epoch holds, over all ranks."""
+        return [end - begin for begin, end in self._steps()]
 
     def _steps(self) -> list[tuple[int, int]]:
         total, each = len(self.rows), self.batch * self.world

@@ -145,7 +145,7 @@ class TestConfig:
             ("optim.epochs", 2.5, "must be a whole number"),
             ("data.num_segments", 0, r"num_segments \(K\) must be at least 1"),
             ("data.flip", "maybe", "must be true or false"),
-            ("optim.schedule", "cosine", "must be one of plateau_on_test_as_in_eco, steps, constant"),
+            ("optim.schedule", "cosine", "must be one of plateau_on_test_as_in_eco, plateau_on_held_out, st"),
             ("model.width", 2, "width must be in"),
             ("model.fusion.style", "B", "unknown fusion"),
             ("optim.micro_batch", 24, "batch must be a multiple of micro_batch"),

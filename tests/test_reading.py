@@ -261,6 +261,8 @@ class TestBatches:
         for start in (1, len(dealt[0]), 0):
             ranks[0].start = start
             assert list(ranks[0]) == dealt[0][start:]
+            assert list(ranks[0]) == dealt[0][start:]  # a DataLoader with workers begins twice
+            ranks[0].epoch = epoch
             assert list(ranks[0]) == dealt[0]  # and then whole epochs again
         for wrong in (-1, len(dealt[0]) + 1):
             ranks[0].start = wrong

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pasnet import train as training
+from pasnet.checkpoints import run_digest
 from pasnet.config import (
     ConfigError,
     DataConfig,
@@ -24,6 +24,7 @@ from pasnet.config import (
     replace,
 )
 from pasnet.data import ClipDataset, Loader, open_shards, rgb_of_planes, train_view
+from pasnet.distributed import Processes
 from pasnet.evaluate import EvaluationError, Predictions, autocast, ensemble, metrics, predict
 from pasnet.models.pasnet import build
 from pasnet.train import TrainingError, evaluate_checkpoint, lr_scale_at, set_train_mode, train
@@ -46,6 +47,9 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+ALONE = Processes(rank=0, world=1, device=torch.device("cpu"))
 
 
 class StopError(Exception):
@@ -162,12 +166,16 @@ class TestData:
             found = rgb_of_planes(torch.from_numpy(planes)[None, None], torch.tensor([[0, 0, 64, 64, 0]]), (64, 64), 56)
             assert (found[0, 0].int() - torch.tensor(colour).view(3, 1, 1)).abs().max() <= 4
 
-    def test_an_epoch_goes_on_where_it_was(self, config: TrainConfig) -> None:
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_an_epoch_goes_on_where_it_was(self, config: TrainConfig, workers: int) -> None:
         shards = open_shards(Path(config.data.shards))
         loader = Loader(shards, config.data, subset="train", batch=2, seed=3)
-        whole, rest = list(loader.epoch(4)), list(loader.epoch(4, start=2))
+        whole = list(loader.epoch(4))
+        resumed = Loader(shards, replace(config, {"data.workers": workers}).data, subset="train", batch=2, seed=3)
+        rest = list(resumed.epoch(4, start=2))
         assert len(rest) == len(whole) - 2 > 0
         assert all(torch.equal(a.clips, b.clips) for a, b in zip(whole[2:], rest, strict=True))
+        assert len(list(resumed.epoch(5))) == len(whole)
 
     def test_train_fraction_keeps_every_class(self, config: TrainConfig) -> None:
         shards = open_shards(Path(config.data.shards))
@@ -226,7 +234,7 @@ class TestLoop:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"init.parent": "a.pt", "init.eco": "b.pth"}, "init.parent and init.eco both"),
+            ({"init.parent": "a.pt", "init.eco": "b.pth"}, "init.parent and init.eco all give"),
             ({"init.pose": "b.pth"}, "fusion A has no pose network"),
         ],
     )
@@ -279,7 +287,7 @@ class TestLoop:
         assert torch.stack([part.norm() for part in step]).norm().item() == pytest.approx(1e-3, rel=0.02)
 
     def test_a_loss_that_is_not_finite_stops_and_names_the_clips(self, config: TrainConfig, tmp_path: Path) -> None:
-        with pytest.raises(TrainingError, match=r"loss is .* in epoch \d+, lr .*, clips: \w+/v_\w+"):
+        with pytest.raises(TrainingError, match=r"not finite in epoch \d+.*, lr .*, clips: \w+/v_\w+"):
             train(replace(config, {"optim.lr": 1e30, "optim.clip_norm": 1e30}), tmp_path)
 
     def test_twice_finetune_starts_from_eco(self, config: TrainConfig, tmp_path: Path) -> None:
@@ -334,7 +342,7 @@ class TestLoop:
 
     def test_identity_is_what_decides_the_result(self, config: TrainConfig) -> None:
         def identity(shards: str = "d", parent: str = "", **changes: Any) -> str:
-            return training.run_digest(replace(config, changes), shards, parent)
+            return run_digest(replace(config, changes), shards, parent)
 
         assert identity() == identity(**{"data.workers": 2}) == identity(**{"data.shards": "/moved"})
         others = [identity("e"), identity(parent="p"), identity(seed=1), identity(**{"optim.lr": 0.5})]
@@ -362,8 +370,8 @@ class TestEvaluation:
         shards = open_shards(Path(config.data.shards))
         loader = Loader(shards, config.data, subset="test", batch=1, seed=0)
         loader._batches.rows = loader.rows[:-1]
-        with pytest.raises(EvaluationError, match="3 test videos, but 2 distinct"):
-            predict(build(config.model), loader, shards.keys, torch.device("cpu"), "fp32")
+        with pytest.raises(EvaluationError, match="3 test videos, but 2 clips of 2 videos"):
+            predict(build(config.model), loader, shards.keys, ALONE, "fp32")
 
     def test_nan_stops_the_report(self, config: TrainConfig) -> None:
         shards = open_shards(Path(config.data.shards))
@@ -374,7 +382,7 @@ class TestEvaluation:
                 model,
                 Loader(shards, config.data, subset="test", batch=2, seed=0),
                 shards.keys,
-                torch.device("cpu"),
+                ALONE,
                 "fp32",
             )
 

@@ -1,0 +1,189 @@
+"""Checkpoints of ours: what a training starts from, what it leaves behind, and the identity that ties them together.
+
+A checkpoint holds the network, the optimiser, the history, the data it was trained on and, within an epoch, how far
+the epoch has come. Files are read with weights_only: nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pasnet import weights
+from pasnet.config import ConfigError, TrainConfig, digest, from_dict, to_dict
+from pasnet.data import ShardSet
+from pasnet.models.pasnet import PASNet, build
+
+# Part of every run's identity. Raise it when a change to networks, data or training changes what comes out, so that
+# finished runs are not taken for new ones.
+NUMERICS = 2
+
+
+def run_digest(config: TrainConfig, shard_digest: str, parent_digest: str) -> str:
+    """The identity of a training: everything that decides its result, and nothing that does not (paths, workers, how
+    often it is saved)."""
+    values = to_dict(config)
+    values["data"] |= {"shards": shard_digest, "workers": None}
+    values["init"] |= {"parent": parent_digest, "pretrained": identity_of(config.init.pretrained)}
+    for name in ("eco", "pose"):
+        values["init"][name] = _content_of(values["init"][name])
+    del values["checkpoint_minutes"]
+    del values["optim"]["checkpoint_pose"]  # memory, not numbers
+    return digest([NUMERICS, values])
+
+
+def identity_of(parent: str) -> str:
+    """The identity that a checkpoint of ours holds. Not its sha256: the file holds timings too."""
+    if not Path(parent).is_file():
+        return parent
+    return str(torch.load(parent, map_location="cpu", weights_only=True).get("identity", ""))
+
+
+def _content_of(path: str) -> str:
+    """The sha256 of a weights file; the path itself where there is no file (whoever reads it complains)."""
+    return weights.sha256_of(Path(path)) if Path(path).is_file() else path
+
+
+def load_initial(model: PASNet, config: TrainConfig, shards: ShardSet) -> str:
+    """Fills a fresh model from `config.init`; returns a report, one line per part. What has no source stays random."""
+    state, lines = model.state_dict(), []
+    pose = {key: value for key, value in state.items() if key.startswith("pose.")}
+    # the one layer that the "I only" option makes anew (A8)
+    remade = (
+        ["temporal.res3a_2."] if config.model.fusion.i_only == "new_res3a" and config.model.fusion.style == "I" else []
+    )
+    if config.init.parent:
+        parent = read_own_checkpoint(Path(config.init.parent), config, shards)["model"]
+        new = ["pose.", "fusion."] if not any(key.startswith("pose.") for key in parent) else ["fusion."]
+        lines.append(weights.merge(state, parent, source=config.init.parent, may_miss=[*new, *remade]).summary())
+        if any(key.startswith("pose.") for key in parent):
+            pose = {}  # a PAS-Net went on from a PAS-Net
+            if config.init.pose:
+                raise ConfigError(f"{config.init.parent} holds a pose network; leave init.pose empty")
+    elif config.init.pretrained:
+        pretrained = read_pretrained(Path(config.init.pretrained), shards)
+        kept = {key: value for key, value in pretrained.items() if not key.startswith("head.")}
+        has_pose = any(key.startswith("pose.") for key in kept)
+        new = ["head.", *([] if has_pose else ["pose."]), *([] if has_pose else ["fusion."]), *remade]
+        lines.append(weights.merge(state, kept, source=config.init.pretrained, may_miss=new).summary())
+        if has_pose:
+            pose = {}
+            if config.init.pose:
+                raise ConfigError(f"{config.init.pretrained} holds a pose network; leave init.pose empty")
+    elif config.init.eco:
+        start = weights.read_start(Path(config.init.eco))
+        ours = {key: value for key, value in state.items() if key.startswith(("appearance.", "temporal.", "head."))}
+        head = start.tensors.get("head.weight")
+        # a head of other classes, such as Kinetics' 400, is trained anew
+        other = ["head."] if head is not None and len(head) != config.model.num_classes else []
+        may_miss = [*start.may_miss, *other, *remade]
+        lines.append(weights.merge(ours, start.tensors, source=config.init.eco, may_miss=may_miss).details())
+        frames = start.checkpoint.preprocessing
+        if frames and frames.subtract != config.model.appearance_mean:
+            mean = ",".join(f"{value:g}" for value in frames.subtract)
+            lines.append(
+                f"{config.init.eco}: was trained on {frames}; --set model.appearance_mean={mean} does the same"
+            )
+    else:
+        lines.append("appearance, temporal, head: random start")
+    if pose and config.init.pose:
+        tensors = weights.pose_to_pasnet(weights.read_checkpoint(Path(config.init.pose), "pose"))
+        lines.append(weights.merge(pose, tensors, source=config.init.pose).summary())
+        lines.append(weights.authenticity(Path(config.init.pose), "pose"))
+    elif pose:
+        lines.append("pose: random start")
+    return "\n".join(lines)
+
+
+def read_own_checkpoint(path: Path, config: TrainConfig | None, shards: ShardSet) -> dict[str, Any]:
+    """A last.pt of ours. Raises WeightsError when it was trained on other data or another split: the test videos of
+    one split are training videos of another, and accuracies near 100 % have been published that way."""
+    checkpoint = _read(path)
+    trained_on = checkpoint["data"]
+    split = config.data.split if config is not None else trained_on["split"]
+    wanted = {"dataset": shards.manifest["dataset"], "digest": shards.digest, "split": split}
+    for name, value in wanted.items():
+        if trained_on[name] != value:
+            raise weights.WeightsError(f"{path}: was trained on {name} {trained_on[name]}, this run is on {value}")
+    return checkpoint
+
+
+def model_of(checkpoint: dict[str, Any]) -> tuple[PASNet, TrainConfig]:
+    """The network of a checkpoint, with its weights, and the config that trained it."""
+    config: TrainConfig = from_dict(TrainConfig, checkpoint["config"])
+    model = build(config.model)
+    model.load_state_dict(checkpoint["model"])
+    return model, config
+
+
+def resume(path: Path, config: TrainConfig, shards: ShardSet, identity: str) -> dict[str, Any] | None:
+    """The checkpoint to go on from, None where there is none. Raises ConfigError when it is another run's."""
+    if not path.is_file():
+        return None
+    checkpoint = read_own_checkpoint(path, config, shards)
+    if checkpoint["identity"] != identity:
+        raise ConfigError(f"{path}: is a run with other settings; give another folder, or remove this one")
+    return checkpoint
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise weights.WeightsError(f"{path}: no such checkpoint; train it first")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["data"]["digest"], checkpoint["model"], checkpoint["identity"]
+    except Exception as error:
+        raise weights.WeightsError(
+            f"{path}: not a checkpoint of pasnet train ({type(error).__name__}: {error})"
+        ) from error
+    return checkpoint
+
+
+def read_pretrained(path: Path, shards: ShardSet) -> weights.StateDict:
+    """The weights of a checkpoint of ours from another dataset (D0). Raises WeightsError when it is this one."""
+    checkpoint = _read(path)
+    if checkpoint["data"]["digest"] == shards.digest:
+        raise weights.WeightsError(f"{path}: was trained on this very dataset; give it as init.parent")
+    tensors: weights.StateDict = checkpoint["model"]
+    return tensors
+
+
+def save(
+    path: Path,
+    config: TrainConfig,
+    shards: ShardSet,
+    identity: str,
+    *,
+    model: dict[str, Any],
+    optimizer: dict[str, Any],
+    scaler: dict[str, Any],
+    history: list[dict[str, Any]],
+    within: dict[str, Any] | None,
+) -> None:
+    """Writes a checkpoint so that a crash at any moment leaves the old one or the new one. `within` is the state of an
+    epoch that is not over."""
+    checkpoint = {
+        "identity": identity,
+        "config": json.loads(json.dumps(to_dict(config))),  # plain lists, which weights_only loading admits
+        "model": model,
+        "optimizer": optimizer,
+        "scaler": scaler,
+        "history": history,
+        "within": within,
+        "data": {
+            "dataset": shards.manifest["dataset"],
+            "digest": shards.digest,
+            "split": config.data.split,
+            "class_names": list(shards.class_names),
+        },
+    }
+    scratch = path.with_suffix(".tmp")
+    with open(scratch, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())  # a rename may reach the disk before the content does
+    os.replace(scratch, path)

@@ -1,0 +1,268 @@
+"""A training is the same however it got there: interrupted anywhere, by any signal, alone or in several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pasnet import progress
+from pasnet.config import ConfigError, DataConfig, FusionConfig, ModelConfig, OptimConfig, TrainConfig, replace, to_dict
+from pasnet.data import Loader, held_out, open_shards, rows_of
+from pasnet.synth import SynthConfig, generate
+from pasnet.train import StoppedError, TrainingError, evaluate_checkpoint, lr_scale_at, micro_batch, train
+from pasnet.weights import WeightsError
+from shards import build, find_dataset, scan
+
+
+@pytest.fixture
+def config(shard_folder: Path) -> TrainConfig:
+    """9 clips in steps of 4, 4 and 1, each of forward passes of at most 2."""
+    return TrainConfig(
+        model=ModelConfig(num_classes=3, fusion=FusionConfig(style="Conv(A,I)"), width=0.0625),
+        data=DataConfig(shards=str(shard_folder), num_segments=2, input_size=48, workers=0),
+        optim=OptimConfig(epochs=2, lr=0.01, batch=4, micro_batch=2, schedule="constant"),
+    )
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """All that a checkpoint holds but what the clock has put there."""
+    state = torch.load(folder / "last.pt", weights_only=True)
+    timed = ("clips_per_second", "data_wait", "seconds")
+    history = [{k: v for k, v in record.items() if k not in timed} for record in state["history"]]
+    return {name: state[name] for name in ("model", "optimizer", "within", "identity")} | {"history": history}
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def terminate_when(monkeypatch: pytest.MonkeyPatch, place: Callable[[int], bool]) -> None:
+    """SIGTERM to this process after every step for which `place` is true of the clips that the epoch has seen."""
+    show = progress.EpochBar.show
+
+    def showing(self: progress.EpochBar, seen: int, *numbers: float) -> None:
+        show(self, seen, *numbers)
+        if place(seen):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(progress.EpochBar, "show", showing)
+
+
+class TestInterruptions:
+    @pytest.mark.parametrize("seen", [4, 8, 9])
+    def test_sigterm_saves_and_the_rest_is_the_same(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: int
+    ) -> None:
+        train(config, tmp_path / "whole")
+        with monkeypatch.context() as patched:
+            terminate_when(patched, lambda clips: clips == seen)
+            for _ in range(6):  # every epoch anew
+                try:
+                    train(replace(config, {"data.workers": 2}), tmp_path / "parts")
+                except StoppedError as error:
+                    assert "start again to go on" in str(error)
+                    continue
+                break
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        train(config, tmp_path / "parts")
+        assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+
+    def test_a_checkpoint_within_an_epoch_says_how_far_it_came(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        terminate_when(monkeypatch, lambda clips: clips == 4)
+        with pytest.raises(StoppedError, match=r"epoch 1/2 after 8 clips"):  # the step after the signal
+            train(config, tmp_path)
+        within = state_of(tmp_path)["within"]
+        assert within["seen"] == 8 and within["batches"] == 4 and not (tmp_path / "history.json").exists()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+    def test_a_process_that_is_ended_again_and_again(
+        self, config: TrainConfig, tmp_path: Path, how: signal.Signals
+    ) -> None:
+        config = replace(config, {"checkpoint_minutes": 0, "optim.epochs": 4, "data.workers": 2})
+        train(config, tmp_path / "whole")
+        (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+        command = [sys.executable, "-m", "pasnet", "train", "--config", str(tmp_path / "config.json")]
+        command += ["--out", str(tmp_path / "parts")]
+        last, ends = tmp_path / "parts" / "last.pt", []
+        for delay in (0.0, 0.01, 0.03, None):  # seconds after its first checkpoint; None: it may end
+            before = last.stat().st_mtime_ns if last.exists() else 0
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+            )
+            if delay is not None:
+                while process.poll() is None and (last.stat().st_mtime_ns if last.exists() else 0) == before:
+                    time.sleep(0.002)
+                time.sleep(delay)
+                os.killpg(process.pid, how)  # its loader workers, too
+            _, said = process.communicate()
+            ends.append(process.returncode)
+            assert "Traceback" not in said.decode()
+        assert ends == [-how if how == signal.SIGKILL else 128 + how] * 3 + [0]
+        assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+
+    def test_how_often_it_is_saved_is_no_part_of_its_identity(self, config: TrainConfig, tmp_path: Path) -> None:
+        train(replace(config, {"optim.epochs": 1}), tmp_path)
+        train(replace(config, {"optim.epochs": 1, "checkpoint_minutes": 3}), tmp_path)
+        with pytest.raises(ConfigError, match="a run with other settings"):
+            train(replace(config, {"optim.epochs": 1, "data.held_out": 0.3}), tmp_path)
+
+    @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+    def test_other_precisions_go_on_too(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+    ) -> None:
+        config = replace(config, {"precision": precision, "optim.epochs": 1})
+        train(config, tmp_path / "whole")
+        with monkeypatch.context() as patched:
+            terminate_when(patched, lambda clips: clips == 4)
+            with pytest.raises(StoppedError):
+                train(config, tmp_path / "parts")
+        train(config, tmp_path / "parts")
+        assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+        scale = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)["scaler"]
+        assert bool(scale) == (precision == "fp16")
+
+
+class TestFaults:
+    def test_what_was_at_hand_is_on_record(self, config: TrainConfig, tmp_path: Path) -> None:
+        broken = replace(config, {"optim.lr": 1e30, "optim.epochs": 1, "optim.clip_norm": 1e30})
+        with pytest.raises(TrainingError, match=r"not finite in epoch 1/1.*failure.json has them all"):
+            train(broken, tmp_path)
+        record = json.loads((tmp_path / "failure.json").read_text())
+        store = open_shards(Path(config.data.shards))
+        chosen = {store.keys[row] for row in rows_of(store, config.data, "train")}
+        assert 1 <= len(record["clips"]) <= 4 and set(record["clips"]) <= chosen
+        assert record["lr"] == 1e30
+
+
+def launch(processes: int, arguments: list[str]) -> str:
+    """`pasnet` under torchrun on loopback."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", str(os.getpid())]
+    done = subprocess.run([*command, "-m", "pasnet", *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+class TestProcesses:
+    @pytest.mark.slow
+    @pytest.mark.parametrize("micro", [1, 2])
+    def test_two_are_one_training(self, config: TrainConfig, tmp_path: Path, micro: int) -> None:
+        # batch norm sees a process's own clips, and dropout is drawn for each: without them nothing may differ
+        changes = {"optim.bn_mode": "frozen", "model.dropout": 0, "optim.micro_batch": micro, "data.held_out": 0.3}
+        config = replace(config, {**changes, "optim.schedule": "plateau_on_held_out", "optim.clip_norm": 0.5})
+        (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+        train(config, tmp_path / "one")
+        said = launch(2, ["train", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "two")])
+        assert said.count("epoch   1/2") == 1  # one of them speaks
+        one, two = state_of(tmp_path / "one"), state_of(tmp_path / "two")
+        torch.manual_seed(config.seed)
+        moved = max(float(value.abs().max()) for value in one["optimizer"]["state"][0].values())
+        assert moved > 0
+        for key, value in one["model"].items():
+            torch.testing.assert_close(two["model"][key], value, rtol=1e-4, atol=1e-6)
+        for a, b in zip(one["history"], two["history"], strict=True):
+            assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+            names = ("train_top1", "held_out_top1", "test_top1", "lr", "epoch")
+            assert [a[name] for name in names] == pytest.approx([b[name] for name in names])
+        checkpoint = ["--checkpoint", str(tmp_path / "two" / "last.pt"), "--shards", config.data.shards]
+        launch(2, ["evaluate", *checkpoint, "--out", str(tmp_path / "evaluation")])
+        alone = evaluate_checkpoint(tmp_path / "two" / "last.pt", Path(config.data.shards), tmp_path / "alone")
+        assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text()) == pytest.approx(alone)
+
+    @pytest.mark.parametrize("world", [1, 2, 3])
+    @pytest.mark.parametrize("subset", ["train", "test"])
+    def test_every_clip_once_over_all(self, config: TrainConfig, world: int, subset: Any) -> None:
+        store, found = open_shards(Path(config.data.shards)), []
+        loaders = [
+            Loader(store, config.data, subset=subset, batch=2, seed=1, rank=rank, world=world) for rank in range(world)
+        ]
+        for loader in loaders:
+            found += [row for batch in loader.epoch(3) for row in batch.rows.tolist()]
+        assert sorted(found) == sorted(loaders[0].rows) and len(set(map(len, loaders))) == 1
+        assert sum(loaders[0].totals()) == len(found)
+
+    def test_batches_that_cannot_be_shared_are_refused(self) -> None:
+        optim = OptimConfig(batch=64, micro_batch=16)
+        assert [micro_batch(optim, world) for world in (1, 2, 4, 8, 64)] == [16, 16, 16, 8, 1]
+        with pytest.raises(ConfigError, match="cannot be shared by 3 processes"):
+            micro_batch(optim, 3)
+        with pytest.raises(ConfigError, match="is 12 clips each, no multiple of micro_batch 8"):
+            micro_batch(OptimConfig(batch=24, micro_batch=8), 2)
+
+
+class TestHeldOut:
+    def test_no_group_is_on_both_sides(self) -> None:
+        rng = np.random.default_rng(0)
+        rows = np.arange(5, 605)
+        labels, films = rng.integers(7, size=700), rng.integers(60, size=700)
+        groups = [f"film {film}" for film in films]  # each spans several classes
+        held = held_out(rows, labels, groups, 0.2)
+        inside, outside = ({groups[row] for row in rows[of]} for of in (held, ~held))
+        assert not inside & outside
+        for label in range(7):
+            of = labels[rows] == label
+            assert 0.2 <= held[of].mean() < 0.5
+        assert (held_out(rows[::-1], labels, groups, 0.2)[::-1] == held).all()
+        assert not held_out(rows, labels, groups, 0.0).any()
+
+    def test_a_class_keeps_something_to_train_on(self) -> None:
+        labels, groups = np.array([0, 0, 1, 1, 1]), ["a", "a", "b", "c", ""]
+        held = held_out(np.arange(5), labels, groups, 0.5)
+        assert not held[:2].any() and 1 <= held[2:].sum() <= 2
+
+    def test_the_plateau_looks_where_it_is_told(self, config: TrainConfig, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"needs data\.held_out"):
+            replace(config, {"optim.schedule": "plateau_on_held_out"})
+        optim = OptimConfig(schedule="plateau_on_held_out", patience=2)
+        history = [{"held_out_top1": h, "test_top1": t} for h, t in ((50, 1), (40, 2), (50, 3), (60, 4))]
+        assert [lr_scale_at(epoch, optim, history[:epoch]) for epoch in range(5)] == [1, 1, 1, 0.1, 0.1]
+        on = replace(config, {"data.held_out": 0.3, "optim.schedule": "plateau_on_held_out", "optim.epochs": 1})
+        result = train(on, tmp_path)
+        assert result["best_on_held_out"]["epoch"] == 1 and "held_out_top1" in result["last"]
+        store = open_shards(Path(config.data.shards))
+        trained, kept = (set(rows_of(store, on.data, subset)) for subset in ("train", "held_out"))
+        assert kept and not kept & trained and kept | trained == set(rows_of(store, config.data, "train"))
+
+
+class TestPretrained:
+    def test_another_datasets_network_lends_all_but_the_head(
+        self, config: TrainConfig, tmp_path: Path, ffmpeg: str
+    ) -> None:
+        other = generate(tmp_path / "d0", SynthConfig(num_classes=2, groups=3, frames=(6, 8), seed=9), ffmpeg=ffmpeg)
+        build(scan(*find_dataset(other)), tmp_path / "d0-shards", num_shards=2)
+        before = replace(
+            config, {"data.shards": str(tmp_path / "d0-shards"), "model.num_classes": 2, "optim.epochs": 1}
+        )
+        train(before, tmp_path / "before")
+        start = str(tmp_path / "before" / "last.pt")
+        still = {"optim.epochs": 1, "optim.lr": 1e-12, "optim.bn_mode": "frozen"}
+        train(replace(config, {**still, "init.pretrained": start}), tmp_path / "recent")
+        one, two = (state_of(tmp_path / name)["model"] for name in ("before", "recent"))
+        assert one["head.weight"].shape != two["head.weight"].shape
+        rest = [key for key in one if not key.startswith("head.")]
+        assert any(key.startswith("pose.") for key in rest)
+        assert all(torch.allclose(one[key].float(), two[key].float(), atol=1e-6) for key in rest)
+        with pytest.raises(WeightsError, match=r"was trained on digest|was trained on split"):
+            train(replace(config, {"init.parent": start}), tmp_path / "wrong")
+        with pytest.raises(WeightsError, match=r"on this very dataset; give it as init\.parent"):
+            train(replace(before, {"init.pretrained": start}), tmp_path / "same")
