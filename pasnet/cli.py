@@ -54,7 +54,7 @@ def call(run: Any, arguments: argparse.Namespace) -> int:
         if type(error).__module__.split(".")[0] not in ("pasnet", "shards", "flows"):
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
     return 0
 
 
@@ -102,7 +102,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="such as optim.epochs=2")
     train.add_argument("--out", type=Path, required=True)
     train.add_argument("--title", default="", help="name of the MLflow run")
-    train.add_argument("--tracking-uri", default="", help="MLflow address; no tracking without it")
+    train.add_argument(
+        "--tracking-uri",
+        default="",
+        metavar="URI",
+        help="MLflow address, or off; default: MLFLOW_TRACKING_URI, else mlflow.db beside the folder of --out",
+    )
+    train.add_argument(
+        "--log-model",
+        action=argparse.BooleanOptionalAction,
+        help="the trained network as an MLflow model; default: only where its weights take less than 64 MB",
+    )
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="test-list accuracy and saved predictions of a checkpoint")
@@ -117,11 +127,27 @@ def _parser() -> argparse.ArgumentParser:
     ensemble.add_argument("--out", type=Path, required=True)
     ensemble.set_defaults(run=_ensemble)
 
+    _track_parser(commands.add_parser("track", help="MLflow: send what a server that was away has not got"))
+
     report = commands.add_parser("report", help="RESULTS.md from finished studies")
     report.add_argument("studies", type=Path, nargs="+", help="folders with a results.json")
     report.add_argument("--out", type=Path, default=Path("RESULTS.md"))
     report.set_defaults(run=_report)
     return parser
+
+
+def _track_parser(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    send = commands.add_parser("send", help="send what the journals in run folders hold; what was sent is not repeated")
+    send.add_argument("folders", type=Path, nargs="+", metavar="RUNFOLDER", help="of a training, or of a study")
+    send.add_argument(
+        "--tracking-uri",
+        default="",
+        metavar="URI",
+        help="default: MLFLOW_TRACKING_URI, else the one that the training was given",
+    )
+    send.set_defaults(run=_track_send)
 
 
 def _weights_parser(parser: argparse.ArgumentParser) -> None:
@@ -267,17 +293,19 @@ def _train(arguments: argparse.Namespace) -> None:
         optim = fitting(config.optim, config.model, config.data.num_segments)
         config = replace(config, {"optim.micro_batch": optim.micro_batch})
 
-    from pasnet.tracking import LiveRun
+    from pasnet.tracking import LiveRun, default_uri, lineage
     from pasnet.train import train
 
-    title = arguments.title or f"{config.model.fusion.style}, K={config.data.num_segments}"
-    live = LiveRun(arguments.tracking_uri, title, flatten(to_dict(config)), {"out": str(arguments.out)})
-    try:
+    with LiveRun(
+        arguments.tracking_uri or default_uri(arguments.out.absolute().parent),
+        arguments.out,
+        arguments.title or f"{config.model.fusion.style}, K={config.data.num_segments}",
+        flatten(to_dict(config)),
+        {"out": str(arguments.out)},
+        dataset=lineage(Path(config.data.shards), config.data.split),
+        log_model=arguments.log_model,
+    ) as live:
         result = train(config, arguments.out, live.epoch)
-    except BaseException:
-        live.finish("FAILED")
-        raise
-    live.finish()
     print(f"last epoch: test top-1 {result['last']['test_top1']:.2f} %  ({arguments.out / 'last.pt'})")
 
 
@@ -304,6 +332,12 @@ def _ensemble(arguments: argparse.Namespace) -> None:
         print(f"{path}: {_accuracy(metrics(member))}")
     numbers = write_evaluation(fused, fused.names, arguments.out)
     print(f"{arguments.out}, mean of {arguments.mean}: {_accuracy(numbers)}")
+
+
+def _track_send(arguments: argparse.Namespace) -> None:
+    from pasnet.results import send
+
+    print("\n".join(send(arguments.folders, arguments.tracking_uri)))
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -45,7 +45,7 @@ def run_training(job: Job, tracking_uri: str = "") -> bool:
         request = folder / "request.json"
         request.write_text(json.dumps(to_dict(job.config), indent=1), "utf-8")
         command = ["train", "--config", str(request), "--out", str(folder), "--title", job.title]
-        command += ["--tracking-uri", tracking_uri] if tracking_uri else []
+        command += ["--tracking-uri", tracking_uri or "off"]
         _run(command, folder / "train.log", job.title, [slot, lock])
     return True
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pasnet import weights
+from pasnet import tracking, weights
 from pasnet.config import DataConfig, FusionConfig, ModelConfig, TrainConfig, digest, flatten, to_dict
 from pasnet.experiments import QUESTIONS, Row
+from pasnet.journal import place_of
 from pasnet.report import results_page
 from pasnet.study import Job, Shards, Study, dataset_for, trainings_for
-from pasnet.tracking import record_rows
+from pasnet.tracking import TrackingError, record_rows
 
 PATHS = ("data.shards", "init.parent")  # differ by place alone; the config that is kept as an artifact has them
 # settings in which a run may differ from our defaults and still be in the paper's setting
@@ -63,6 +65,7 @@ def _result(
         return {**record, "status": "not run", "reason": f"no {row.dataset} in this study"}
     record |= {
         "dataset": of.dataset,
+        "shards": of.folder,
         "shard_digest": of.digest,
         "videos": of.videos,
         "missing": of.missing,
@@ -182,33 +185,71 @@ def finish(
     tracking_uri: str,
     flow_run_id: str = "",
 ) -> str:
-    """Writes results.json and RESULTS.md, records the rows in MLflow, and returns the page.
+    """Writes results.json and RESULTS.md, sends the rows and what is left of the trainings to MLflow; the page.
 
-    MLflow comes second and may fail: the results are on disk, and the next run of the study sends them.
+    MLflow comes second and may fail: the results are on disk, and `pasnet track send` or the next run sends them.
     """
+    place = digest(str(study.root.absolute()))  # two folders of one name may share a tracking server
     content = {
         "title": f"{study.root.name}: preset {study.preset}",
         "shards": [dataclasses.asdict(of) for of in shards],
         "seconds": dict(seconds),
+        "tags": {
+            "study": place,
+            "folder": study.root.name,
+            "preset": study.preset,
+            "prefect.flow_run_id": flow_run_id,
+        },
+        "tracking": place_of(tracking_uri),
         "results": records,
     }
-
-    def write() -> str:
-        study.root.mkdir(parents=True, exist_ok=True)
-        (study.root / "results.json").write_text(json.dumps(content, indent=1), "utf-8")
-        page = results_page([content])
-        (study.root / "RESULTS.md").write_text(page, "utf-8")
-        return page
-
-    page = write()
-    place = digest(str(study.root.absolute()))  # two folders of one name may share a tracking server
-    tags = {"study": place, "folder": study.root.name, "preset": study.preset, "prefect.flow_run_id": flow_run_id}
-    done = [record for record in records if record["status"] == "done"]
+    study.root.mkdir(parents=True, exist_ok=True)
+    page = _write(study.root, content)
     try:
-        runs = record_rows(tracking_uri, done, experiments=QUESTIONS, study=tags)
-    except Exception as error:  # of any kind: MLflow's, SQLAlchemy's, the network's
-        print(f"MLflow at {tracking_uri} took no results ({error}); run the study again to send them", file=sys.stderr)
+        send([study.root], tracking_uri)
+    except TrackingError as error:
+        print(error, file=sys.stderr)
         return page
+    return (study.root / "RESULTS.md").read_text("utf-8")
+
+
+def send(folders: Sequence[Path], tracking_uri: str = "") -> list[str]:
+    """Sends what MLflow has not got of trainings and of studies' rows; a line for each. Nothing arrives twice.
+
+    `tracking_uri` is the address; else MLFLOW_TRACKING_URI, else the one that was given when they ran. Raises
+    ConfigError for a folder that holds neither, TrackingError when the server does not take it all.
+    """
+    lines = []
+    for folder in map(Path, folders):
+        # the rows first: they are what a study is for
+        if (folder / "results.json").is_file():
+            lines.append(_send_rows(folder, tracking_uri))
+    return lines + tracking.send(folders, tracking_uri)
+
+
+def _send_rows(root: Path, tracking_uri: str) -> str:
+    content = json.loads((root / "results.json").read_text("utf-8"))
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or content.get("tracking", "")
+    if not uri or "tags" not in content:  # of a version before this one
+        return f"{root}: its rows are not sent; run the study again, which sends them"
+    done = [record for record in content["results"] if record["status"] == "done"]
+    try:
+        runs = record_rows(uri, done, experiments=QUESTIONS, study=content["tags"])
+    except Exception as error:  # of any kind: MLflow's, SQLAlchemy's, the network's
+        reason = str(error).replace(uri, place_of(uri))
+        raise TrackingError(
+            f"MLflow at {place_of(uri)} took no results ({reason}); they are in {root / 'results.json'}, and "
+            f"`pasnet track send {root}` sends them"
+        ) from error
     for record in done:
         record["run"] = runs[record["id"]]
-    return write()
+    _write(root, content)
+    return f"{root}: {len(done)} rows are at {place_of(uri)}"
+
+
+def _write(root: Path, content: dict[str, Any]) -> str:
+    """results.json and RESULTS.md; the page."""
+    (root / "results.json").write_text(json.dumps(content, indent=1), "utf-8")
+    page = results_page([content])
+    (root / "RESULTS.md").write_text(page, "utf-8")
+    return page

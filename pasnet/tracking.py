@@ -1,25 +1,56 @@
-"""MLflow: the only module that imports it. Layout: one experiment per question, a parent run per table, a child run
-per row x dataset x split x seed; and a run per training in "pasnet/trainings", live while it trains.
+"""MLflow: the only module that imports it, and only where tracking is on. Layout: one experiment per question, a parent
+run per table, a child run per row x dataset x split x seed; and a run per training in "pasnet/trainings", live while it
+trains.
 
-Uses MlflowClient with explicit run ids, since the fluent API's active run is per thread. Nothing here may stop a
-training: `LiveRun` gives up, loudly and once, when the tracking server cannot be reached; the numbers are on disk.
+Nothing here may stop or stall a training. `LiveRun` writes what happens into the run folder's journal
+(pasnet/journal.py), and a daemon thread, the sender, ships it; a server that is down, or that answers never, costs the
+training nothing, and `send` ships later what is left: at the end of a study, or by `pasnet track send`.
+
+Everything arrives once. The sender notes in the journal how far it got, after each event; it may be killed between the
+sending and the noting, and then sends an event again. So every event is made to bear that: a run is looked up by the
+journal's key before it is made, parameters, tags and statuses are equal to what they replace, a file replaces itself,
+and metrics, which carry the time of the journal, are compared with the server's before the first are sent.
+
+Uses MlflowClient with explicit run ids, since the fluent API's active run is per thread.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pasnet.config import digest
+from pasnet.config import ConfigError, digest
+from pasnet.journal import FILE, Event, Journal, epochs_of, last_run, numbers, place_of, progress, status_of, unsent
+from pasnet.machine import Load
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 TRAININGS = "pasnet/trainings"
+KEY = "pasnet.journal"  # tag of a run: which journal it comes from
+OFF = "off"  # instead of an address: no tracking
+# A network whose weights take no more than this is logged as a model without being asked for: the paper's size takes
+# 90 (ECO) to 290 MB, times 39 trainings per split and seed, beside a last.pt that holds the same numbers.
+SMALL_MODEL = 64e6
+# Seconds for which a training that has ended waits for its sender. A server may be away for ever. SQLite is this
+# machine's own disk, where only the first use of a file takes long (6 to 12 s, making its tables).
+PATIENCE, PATIENCE_SQLITE = 4.0, 30.0
+RETRY = 5.0  # seconds, doubled with each failure in a row up to 5 minutes
+MAX_PARAM = 6000  # characters; MLflow's limit
+
+
+class TrackingError(RuntimeError):
+    """Something could not be sent; it is still on disk."""
 
 
 def default_uri(root: Path) -> str:
@@ -29,17 +60,28 @@ def default_uri(root: Path) -> str:
 
 def client(uri: str) -> MlflowClient:
     """A client for that address; telemetry off, migration messages off."""
+    prepare()
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def prepare() -> None:
+    """Imports mlflow, with waits that are bounded. Raises ImportError where it is not installed."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # MLflow's own defaults wait minutes for a server that is away, once per call
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    # Whatever the user has set: when the answer to "make a run" is lost, a try of MLflow's own makes a second run. The
+    # sender tries again too, but looks first.
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     import logging
 
-    from mlflow import MlflowClient
+    import mlflow.data.dataset_source_registry
+    import mlflow.entities  # noqa: F401
 
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri)
 
 
 def experiment_id(mlflow: MlflowClient, name: str, uri: str) -> str:
@@ -54,10 +96,12 @@ def experiment_id(mlflow: MlflowClient, name: str, uri: str) -> str:
 
 
 def log_params(mlflow: MlflowClient, run: str, params: Mapping[str, Any]) -> None:
-    """Parameters as text, in one call."""
+    """Parameters as text, 100 in a call, MLflow's limit."""
     from mlflow.entities import Param
 
-    mlflow.log_batch(run, params=[Param(name, str(value)) for name, value in params.items()])
+    made = [Param(name, str(value)[:MAX_PARAM]) for name, value in params.items()]
+    for start in range(0, len(made), 100):
+        mlflow.log_batch(run, params=made[start : start + 100])
 
 
 def log_history(mlflow: MlflowClient, run: str, history: Iterable[Mapping[str, Any]]) -> None:
@@ -66,13 +110,42 @@ def log_history(mlflow: MlflowClient, run: str, history: Iterable[Mapping[str, A
 
     now = int(time.time() * 1000)
     curves = [
-        Metric(metric_name(name), float(value), now, int(record["epoch"]))
+        Metric(metric_name(name), value, now, int(record["epoch"]))
         for record in history
-        for name, value in record.items()
-        if name != "epoch"
+        for name, value in numbers(record).items()
     ]
     for start in range(0, len(curves), 1000):  # MLflow's limit for one call
         mlflow.log_batch(run, metrics=curves[start : start + 1000])
+
+
+def log_dataset(mlflow: MlflowClient, run: str, dataset: Mapping[str, Any]) -> None:
+    """The shards as the run's input: their digest is the lineage, their folder the source."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    short = dataset["digest"][:36]  # MLflow's limit; the tag shards.digest of the run has all of it
+    known = mlflow.get_run(run).inputs
+    if any(seen.dataset.digest == short for seen in (known.dataset_inputs if known else ())):
+        return
+    source = {"uri": str(Path(dataset["folder"]) / "manifest.json")}
+    profile = json.dumps(dataset.get("profile", {}))
+    entity = Dataset(dataset["name"], short, "local", json.dumps(source), profile=profile)
+    tags = [InputTag("mlflow.data.context", "training"), InputTag("split", str(dataset.get("split", "")))]
+    mlflow.log_inputs(run, [DatasetInput(entity, tags)])
+
+
+def lineage(shards: Path, split: int) -> dict[str, Any] | None:
+    """What a run says of its data, from the shards' manifest; None where there is none to read."""
+    try:
+        manifest = json.loads((Path(shards) / "manifest.json").read_text("utf-8"))
+        return {
+            "name": manifest["dataset"],
+            "digest": manifest["digest"],
+            "folder": str(Path(shards).absolute()),
+            "split": split,
+            "profile": {name: manifest[name] for name in ("videos", "frames", "subsets") if name in manifest},
+        }
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def metric_name(name: str) -> str:
@@ -81,44 +154,435 @@ def metric_name(name: str) -> str:
 
 
 class LiveRun:
-    """A training's own run: parameters at the start, metrics per epoch. Off when `uri` is empty."""
+    """A training's own run, as a context manager around it: `epoch` takes each epoch's record, and the end is seen by
+    how the block is left. Started again in the same folder, it goes on in the same MLflow run.
 
-    def __init__(self, uri: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        self.id = ""
-        self._client: MlflowClient | None = None
-        if not uri:
+    No method raises or waits for a server, except that leaving the block waits a few seconds for the sender. Off, and
+    nothing imported, when `uri` is "" or "off", and in every process but the first of several that train together.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        out: Path,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        *,
+        dataset: Mapping[str, Any] | None = None,
+        log_model: bool | None = None,
+    ) -> None:
+        self._uri, self._out, self._log_model = uri, Path(out), log_model
+        self._journal: Journal | None = None
+        self._sender: _Sender | None = None
+        self._load: Load | None = None
+        self._status = ""  # how the run had ended before it was taken up again
+        self._added = False  # an epoch since then
+        if uri in ("", OFF) or os.environ.get("RANK", "0") != "0":
             return
-        try:
-            mlflow = client(uri)
-            experiment = experiment_id(mlflow, TRAININGS, uri)
-            self.id = mlflow.create_run(experiment, run_name=name, tags=dict(tags)).info.run_id
-            log_params(mlflow, self.id, params)
-            self._client = mlflow
-        except Exception as error:  # any failure of tracking, of any kind, must leave the training alone
-            self._give_up(error)
+        start = {"name": name, "params": dict(params), "tags": dict(tags), "dataset": dataset, "uri": place_of(uri)}
+        with self._guarded("opening"):
+            self._out.mkdir(parents=True, exist_ok=True)
+            journal = Journal(self._out)
+            # of a training that was killed a second ago, loader processes may be left for some seconds
+            if not journal.lock(wait=10.0):
+                raise TrackingError("another process trains or sends there")
+            self._status = status_of(last_run(journal.events()))
+            journal.begin(start, goes_on=(self._out / "last.pt").is_file())
+            self._journal, self._load = journal, Load()
+            try:
+                # Here and not in the sender: it takes a second or two, but loader processes that are forked in the
+                # midst of a thread's import would wait for that import for ever.
+                prepare()
+            except ImportError as error:
+                _say(f"tracking is kept in {journal.path} and sent nowhere: {error}; install mlflow, then {self._hint}")
+                return
+            self._sender = _Sender(journal, uri, self._hint)
+            self._sender.start()
+
+    @property
+    def _hint(self) -> str:
+        return f"`pasnet track send {self._out}` sends it"
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        """Logs one epoch's record."""
-        if self._client is None:
+        """Notes one epoch's record, and the machine's load during it."""
+        if self._journal is None:
             return
-        try:
-            log_history(self._client, self.id, [record])
-        except Exception as error:
-            self._give_up(error)
+        with self._guarded("an epoch"):
+            number, load = int(record["epoch"]), self._load.take() if self._load else {}
+            self._journal.backfill(before=number)
+            if number not in epochs_of(last_run(self._journal.events())):
+                self._journal.append("epoch", epoch=number, metrics=numbers(record) | load)
+            self._journal.note_artifacts()
+            self._added = True
+        self._wake()
 
-    def finish(self, status: str = "FINISHED") -> None:
-        """Ends the run with MLflow's word for how: FINISHED or FAILED."""
-        if self._client is None:
+    def __enter__(self) -> LiveRun:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.finish()
+        else:
+            # asked to stop, by the keyboard or by a signal whose exit code the error carries
+            killed = not isinstance(error, Exception) or getattr(error, "exit_code", 0) > 128
+            self.finish("KILLED" if killed else "FAILED", f"{type(error).__name__}: {error}")
+
+    def finish(self, status: str = "FINISHED", reason: str = "") -> None:
+        """Ends the run with MLflow's word for how: FINISHED, FAILED or KILLED; waits a few seconds for the sender."""
+        journal, self._journal = self._journal, None
+        if self._load:
+            self._load.stop()
+        if journal is None:
             return
-        try:
-            self._client.set_terminated(self.id, status)
-        except Exception as error:
-            self._give_up(error)
+        with self._guarded("the end"):
+            journal.backfill()
+            journal.note_artifacts()
+            if status == "FINISHED":
+                if _wants_model(self._out, self._log_model):
+                    journal.append("model", path="last.pt")
+            elif self._status == "FINISHED" and not self._added:
+                status, reason = self._status, ""  # a finished run in whose folder another was refused
+            journal.append("end", status=status, reason=reason)
+        if self._sender is None:
+            journal.unlock()
+            return
+        left = self._sender.close(PATIENCE_SQLITE if self._uri.startswith("sqlite") else PATIENCE)
+        if left:
+            _say(f"{left} tracking events are not at {place_of(self._uri)} yet; {self._hint}")
 
-    def _give_up(self, error: Exception) -> None:
-        self._client = None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        print(f"MLflow is not reachable ({reason}); training goes on, its numbers are in history.json", file=sys.stderr)
+    def _wake(self) -> None:
+        if self._sender is not None:
+            self._sender.wake()
+
+    @contextlib.contextmanager
+    def _guarded(self, what: str) -> Any:
+        """Tracking must leave the training alone, whatever goes wrong in it: a full disk, a folder that is not ours."""
+        try:
+            yield
+        except Exception as error:
+            _say(
+                f"tracking: {what} was not noted in {self._out / FILE} ({_reason(error, self._uri)}); training goes on"
+            )
+
+
+class _Sender(threading.Thread):
+    """Ships a journal while it grows. A daemon: a server that never answers keeps no process alive."""
+
+    def __init__(self, journal: Journal, uri: str, hint: str) -> None:
+        super().__init__(name="tracking-sender", daemon=True)
+        self._journal, self._uri, self._hint = journal, uri, hint
+        self._changed = threading.Condition()
+        self._dirty, self._closing, self._given_up = True, False, False
+        self._failures = 0  # since the last success
+
+    def wake(self) -> None:
+        """Says that there is something to send."""
+        with self._changed:
+            self._dirty = True
+            self._changed.notify()
+
+    def close(self, patience: float) -> int:
+        """Sends what is left, for at most `patience` seconds; the number of events that are left then."""
+        with self._changed:
+            self._dirty = self._closing = True
+            self._changed.notify()
+        self.join(patience)
+        self._given_up = True  # a thread that still hangs in a call stops after it
+        return len(unsent(self._journal.events(), place_of(self._uri)))
+
+    def run(self) -> None:
+        """Until closed: sends, and after a failure tries again, less and less often."""
+        shipping = Shipping(self._journal, self._uri, stop=lambda: self._given_up)
+        while not self._given_up:
+            with self._changed:
+                pause = min(300.0, RETRY * 2**self._failures) if self._failures else None
+                # after a failure new events wait as well: each try may hang for as long as a timeout
+                self._changed.wait_for(lambda: self._closing or (self._dirty and not self._failures), pause)
+                closing, self._dirty = self._closing, False
+            try:
+                shipping.ship()
+                self._failures = 0
+            except Exception as error:  # of any kind: MLflow's, SQLAlchemy's, the network's
+                if self._failures == 0:
+                    reason = _reason(error, self._uri)
+                    _say(
+                        f"MLflow at {place_of(self._uri)} is not reachable ({reason}); training goes on, {FILE} in its "
+                        f"folder has everything, and it is tried again; later {self._hint}"
+                    )
+                self._failures += 1
+            if closing:
+                break
+        self._journal.unlock()  # not before: two senders of one journal might both make a run
+
+
+class Shipping:
+    """Brings a journal's events to one server, in order, each noted as it arrives."""
+
+    def __init__(self, journal: Journal, uri: str, stop: Callable[[], bool] = lambda: False) -> None:
+        self._journal, self._uri, self._place, self._stop = journal, uri, place_of(uri), stop
+        self._mlflow: MlflowClient | None = None
+        self._doubt = True  # whether metrics may be there that the journal does not know of
+        self._lost = False
+
+    def ship(self) -> int:
+        """Sends what has not been sent; the number of events. Raises what MLflow raises."""
+        count = 0
+        try:
+            todo = unsent(self._journal.events(), self._place)
+            while todo and not self._stop():
+                try:
+                    self._send(todo[0])
+                except Exception as error:
+                    if not self._forget_run(error):
+                        raise
+                    todo = unsent(self._journal.events(), self._place)  # all of it, to a new run
+                    continue
+                count += 1
+                todo = todo[1:]
+        except Exception:
+            self._doubt = True
+            raise
+        return count
+
+    def _send(self, event: Event) -> None:
+        if self._mlflow is None:
+            self._mlflow = client(self._uri)
+        refused = ""
+        try:
+            self._apply(self._mlflow, event)
+        except Exception as error:
+            # What the server will never take must not hold up what comes after it. Of a run's start that is all.
+            code = getattr(error, "error_code", "")
+            if event["event"] == "start" or code not in (
+                "INVALID_PARAMETER_VALUE",
+                "BAD_REQUEST",
+                "ENDPOINT_NOT_FOUND",
+            ):
+                raise
+            refused = _reason(error, self._uri)
+            _say(f"{self._journal.path}: {self._place} refuses event {event['n']}, {event['event']} ({refused})")
+        self._journal.append("sent", place=self._place, upto=event["n"], **({"refused": refused} if refused else {}))
+
+    def _apply(self, mlflow: MlflowClient, event: Event) -> None:
+        kind, folder = event["event"], self._journal.folder
+        if kind == "start":
+            self._start(mlflow, event)
+            return
+        run = self._run_of(event)
+        if kind == "resume":
+            mlflow.update_run(run, status="RUNNING")
+            mlflow.set_tag(run, "resumed", "true")
+        elif kind == "epoch":
+            self._metrics(mlflow, run, event)
+        elif kind == "artifact":
+            path = folder / event["path"]
+            if path.is_file():  # not one that has been removed since
+                parent = path.parent.relative_to(folder).as_posix()
+                mlflow.log_artifact(run, str(path), None if parent == "." else parent)
+        elif kind == "model":
+            log_model(mlflow, run, folder / event["path"])
+        elif kind == "end":
+            if event.get("reason"):
+                mlflow.set_tag(run, "reason", event["reason"][:500])
+            mlflow.set_terminated(run, event["status"], event.get("at", event["time"]))
+            for other in self._same_key(mlflow, self._start_of(event)["key"]):
+                if other != run:  # a server so slow that the run was asked for again before it made the first
+                    mlflow.delete_run(other)
+
+    def _start(self, mlflow: MlflowClient, event: Event) -> None:
+        run = progress(self._journal.events(), self._place)[1].get(event["key"])
+        if run is None:
+            found = self._same_key(mlflow, event["key"])
+            if found:  # made by a sender that was killed, or lost the answer, before it noted the id
+                run = found[0]
+            else:
+                experiment = experiment_id(mlflow, TRAININGS, self._uri)
+                tags = {**event["tags"], KEY: event["key"]}
+                made = mlflow.create_run(experiment, start_time=event["time"], run_name=event["name"], tags=tags)
+                run, self._doubt = made.info.run_id, False
+            self._journal.append("run", place=self._place, key=event["key"], run=run)
+        log_params(mlflow, run, event["params"])
+        if event.get("dataset"):
+            mlflow.set_tag(run, "shards.digest", event["dataset"]["digest"])
+            log_dataset(mlflow, run, event["dataset"])
+
+    def _metrics(self, mlflow: MlflowClient, run: str, event: Event) -> None:
+        from mlflow.entities import Metric
+
+        step, when = int(event["epoch"]), event["time"]
+        metrics = [Metric(metric_name(name), value, when, step) for name, value in event["metrics"].items()]
+        if self._doubt:
+            # MLflow's SQL stores drop an equal point by themselves; that is nowhere promised
+            metrics = [
+                metric
+                for metric in metrics
+                if all(
+                    (seen.step, seen.timestamp) != (step, when) for seen in mlflow.get_metric_history(run, metric.key)
+                )
+            ]
+        for start in range(0, len(metrics), 1000):
+            mlflow.log_batch(run, metrics=metrics[start : start + 1000])
+        self._doubt = False
+
+    def _same_key(self, mlflow: MlflowClient, key: str) -> list[str]:
+        experiment = experiment_id(mlflow, TRAININGS, self._uri)
+        return [run.info.run_id for run in mlflow.search_runs([experiment], f"tags.`{KEY}` = '{key}'")]
+
+    def _start_of(self, event: Event) -> Event:
+        starts = [other for other in self._journal.events() if other["event"] == "start"]
+        return [start for start in starts if start["n"] <= event["n"]][-1]
+
+    def _run_of(self, event: Event) -> str:
+        return progress(self._journal.events(), self._place)[1][self._start_of(event)["key"]]
+
+    def _forget_run(self, error: Exception) -> bool:
+        """Whether the server has lost the run (its database was removed, say), so that all is to be sent anew."""
+        known = progress(self._journal.events(), self._place)[1]
+        if self._lost or not known or getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
+            return False
+        self._lost = True
+        self._journal.append("lost", place=self._place)
+        return True
+
+
+def send(folders: Sequence[Path], uri: str = "") -> list[str]:
+    """Sends what is left of the journals in these run folders (or in the trainings/ of studies); a line for each.
+
+    `uri` is the server's address; else MLFLOW_TRACKING_URI, else the one for which the training was started. A run
+    whose process is gone without a word is ended as KILLED. Raises ConfigError for a folder without a journal, before
+    anything is sent, and TrackingError when something could not be sent.
+    """
+    lines: list[str] = []
+    failed: list[str] = []
+    dead: set[str] = set()  # servers that do not answer; each is waited for once
+    for folder in _journals(folders):
+        journal = Journal(folder)
+        if not journal.lock():
+            lines.append(f"{folder}: its training runs, and sends by itself")
+            continue
+        try:
+            lines.append(_send_journal(journal, uri, dead))
+        except Exception as error:  # of any kind: MLflow's, SQLAlchemy's, the network's
+            failed.append(f"{folder}: {_reason(error, uri)}")
+        finally:
+            journal.unlock()
+    if failed:
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise TrackingError(
+            f"{failed[0]}{more}; nothing is lost: run `pasnet track send` again when the server is there, or give "
+            "another one with --tracking-uri"
+        )
+    return lines
+
+
+def _send_journal(journal: Journal, uri: str, dead: set[str]) -> str:
+    killed = journal.close_broken()
+    journal.backfill()
+    journal.note_artifacts()
+    run = last_run(journal.events())
+    if not run:
+        return f"{journal.folder}: nothing to send"
+    to = uri or os.environ.get("MLFLOW_TRACKING_URI") or [event["uri"] for event in run if "uri" in event][-1]
+    place = place_of(to)
+    if place in dead:
+        raise TrackingError(f"not tried, since {place} did not answer before")
+    try:
+        count = Shipping(journal, to).ship()
+    except Exception as error:
+        if getattr(error, "error_code", "INTERNAL_ERROR") == "INTERNAL_ERROR":  # MLflow's word for no answer, too
+            dead.add(place)
+        raise TrackingError(f"MLflow at {place}: {_reason(error, to)}") from error
+    known = progress(journal.events(), place)[1][run[0]["key"]]
+    return f"{journal.folder}: {count} events sent to {place}, run {known}{'; it had been killed' if killed else ''}"
+
+
+def _journals(folders: Sequence[Path]) -> list[Path]:
+    found: list[Path] = []
+    for folder in map(Path, folders):
+        here = [folder] if (folder / FILE).is_file() else []
+        inside = [path.parent for path in sorted(folder.glob(f"trainings/*/{FILE}"))]
+        if not here + inside and not (folder / "results.json").is_file():
+            raise ConfigError(f"{folder}: no {FILE} in it; give the folder of a tracked training, or of a study")
+        found += here + inside
+    return found
+
+
+def _wants_model(folder: Path, asked: bool | None) -> bool:
+    """As asked; without a wish, a network that is small."""
+    if asked is not None:
+        return asked
+    # last.pt holds the weights and, in the optimizer, as many momenta
+    return (folder / "last.pt").is_file() and (folder / "last.pt").stat().st_size <= 2 * SMALL_MODEL
+
+
+def log_model(server: MlflowClient, run: str, checkpoint: Path) -> str:
+    """A checkpoint's network as the model of a run, with signature: uint8 clips (B,K,3,H,W) in, logits out.
+
+    As an exported graph (pt2): it loads with torch alone, without this package, and without unpickling code. Returns
+    the model's id; a model that is there already is not made again.
+    """
+    import mlflow.pytorch
+    import numpy as np
+    import torch
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.entities.logged_model_status import LoggedModelStatus
+    from mlflow.models import Model, infer_signature
+
+    from pasnet.checkpoints import model_of
+
+    about = server.get_run(run)
+    found = server.search_logged_models([about.info.experiment_id], f"source_run_id = '{run}'")
+    ready = [model for model in found if model.status == LoggedModelStatus.READY]
+    # one that is not ready is of a sender that was killed meanwhile
+    logged = next(iter(ready or found), None) or server.create_logged_model(
+        about.info.experiment_id, name="pasnet", source_run_id=run, model_type="action recognition"
+    )
+    model_id = str(logged.model_id)
+    if not ready:
+        net, config = model_of(torch.load(checkpoint, map_location="cpu", weights_only=True))
+        net.eval()
+        # two clips: in a batch of one the exported graph would be for batches of one
+        shape = (2, config.data.num_segments, 3, config.data.input_size, config.data.input_size)
+        example = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        with torch.no_grad():
+            logits = net(torch.from_numpy(example)).numpy()
+        with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.export's, about its own archive
+            folder = Path(scratch) / "model"
+            model = Model(run_id=run, model_id=model_id, model_uuid=model_id)
+            mlflow.pytorch.save_model(
+                net,
+                str(folder),
+                mlflow_model=model,
+                signature=infer_signature(example, logits),
+                input_example=example,
+                serialization_format="pt2",
+                pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}"],
+            )
+            # the example as JSON text would be larger than a small network
+            for name in ("input_example.json", "serving_input_example.json"):
+                (folder / name).unlink(missing_ok=True)
+            model.saved_input_example_info = None  # type: ignore[assignment]
+            model.save(str(folder / "MLmodel"))
+            server.log_model_artifacts(model_id, str(folder))
+        server.finalize_logged_model(model_id, LoggedModelStatus.READY)
+    outputs = about.outputs.model_outputs if about.outputs else []
+    if all(output.model_id != model_id for output in outputs):
+        server.log_outputs(run, [LoggedModelOutput(model_id, step=0)])
+    return model_id
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _reason(error: Exception, uri: str) -> str:
+    """The first line of an error, without what the address holds of user and password."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text.replace(uri, place_of(uri)) if uri else text
 
 
 def record_rows(
@@ -142,7 +606,10 @@ def record_rows(
             parent = mlflow.create_run(experiment, run_name=f"{table}, {study['folder']}", tags=tags).info.run_id
         for result in rows:
             # the id holds a digest of the numbers: a row that was trained anew becomes a new run
-            child = _find(mlflow, experiment, {"study": study["study"], "result": digest(result["id"])})
+            tags = {"study": study["study"], "result": digest(result["id"])}
+            child = _find(mlflow, experiment, tags)
+            if child is None:
+                _end_broken(mlflow, experiment, tags)
             children[result["id"]] = child or _record(mlflow, experiment, parent, result, study)
         mlflow.log_dict(parent, {"results": [dict(row) for row in rows]}, "results.json")
         mlflow.set_terminated(parent)
@@ -171,6 +638,9 @@ def _record(
     for metric, value in result["metrics"].items():
         mlflow.log_metric(run, metric, value, step=len(result["history"]))
     log_history(mlflow, run, result["history"])
+    dataset = lineage(Path(result["shards"]), result["split"]) if "shards" in result else None
+    if dataset and dataset["digest"] == result["shard_digest"]:  # not of shards that were built anew since
+        log_dataset(mlflow, run, dataset)
     for path in result["artifacts"]:
         several = len(result["trainings"]) > 1  # the networks of an ensemble: files of the same names
         mlflow.log_artifact(
@@ -178,6 +648,13 @@ def _record(
         )
     mlflow.set_terminated(run)
     return run
+
+
+def _end_broken(mlflow: MlflowClient, experiment: str, tags: Mapping[str, str]) -> None:
+    """A row whose sender was killed stays RUNNING for ever; it is made anew, and this one is ended."""
+    words = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    for run in mlflow.search_runs([experiment], f"{words} and attributes.status = 'RUNNING'"):
+        mlflow.set_terminated(run.info.run_id, "KILLED")
 
 
 def _find(mlflow: MlflowClient, experiment: str, tags: Mapping[str, str]) -> str | None:

@@ -58,14 +58,25 @@ def test_list_prints_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
             "num_segments (K) must be at least 1",
         ),
         (
-            ["train", "--out", "x", "--shards", "{shards}", "--preset", "smoke", "--set", "data.split=7"],
+            ["train", "--out", "x", "--shards", "{shards}", "--set", "data.split=7", "--tracking-uri", "off"],
             "split 7 does not exist",
         ),
         (["train", "--out", "x", "--shards", "{empty}"], "not a finished shard folder"),
         (["train", "--out", "x", "--shards", "{shards}", "--set", "nothing"], "--set takes name=value"),
         (["train", "--out", "x"], "give --config FILE or --shards FOLDER"),
         (
-            ["train", "--out", "x", "--shards", "{shards}", "--pose-weights", "no.pth", "--fusion", "I"],
+            [
+                "train",
+                "--out",
+                "x",
+                "--shards",
+                "{shards}",
+                "--pose-weights",
+                "no.pth",
+                "--fusion",
+                "I",
+                "--tracking-uri=off",
+            ],
             "no.pth: no such file",
         ),
         (["evaluate", "--checkpoint", "no.pt", "--shards", "{shards}", "--out", "x"], "no.pt: no such checkpoint"),
@@ -189,4 +200,4 @@ def test_an_unreachable_tracking_server_does_not_stop_a_training(
     started = time.monotonic()
     assert main([*arguments, "--tracking-uri", "http://127.0.0.1:9"]) == 0
     assert (tmp_path / "done.json").is_file() and time.monotonic() - started < 60
-    assert "MLflow is not reachable" in capsys.readouterr().err
+    assert "MLflow at http://127.0.0.1:9 is not reachable" in capsys.readouterr().err
