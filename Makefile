@@ -55,8 +55,9 @@ serve: install  ## MLflow's pages for RUN (default: the smoke run) on http://127
 	    --python .venv-bench/bin/python --compile-bytecode -r benchmarks/requirements.txt
 	@touch $@
 
-bench: .venv-bench/.installed  ## benchmarks, with their peers, into benchmarks/results/
+bench: .venv-bench/.installed  ## benchmarks, with their peers, into benchmarks/results/ and docs/performance.md
 	@.venv-bench/bin/python -m benchmarks $(if $(DATA),--data "$(DATA)")
+	@.venv-bench/bin/python -m benchmarks page
 
 clean:  ## removes the environment and caches; runs/ stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -1,5 +1,8 @@
 """`python -m benchmarks [build|read|index|all]`: the data path against its peers, as JSON and tables.
 
+`python -m benchmarks models ...` is benchmarks/model_speed.py, the networks; that file runs alone, too.
+`python -m benchmarks page` writes docs/performance.md from the JSON that is there.
+
 Peers need benchmarks/requirements.txt; those that are not installed are listed as not run. Without --data the videos
 are generated.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,17 @@ from shards import find_dataset
 
 def main() -> None:
     """Runs the parts asked for and writes a JSON file for each."""
+    if sys.argv[1:2] == ["models"]:
+        from benchmarks import model_speed
+
+        model_speed.main(sys.argv[2:])
+    if sys.argv[1:] == ["page"]:
+        from benchmarks import page
+
+        page.write()
+        return
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="speed of the data path against peers")
+    parser.epilog = "models: the networks, see models --help; page: docs/performance.md from the JSON that is there"
     parser.add_argument("part", nargs="?", choices=("build", "read", "index", "all"), default="all")
     parser.add_argument("--data", type=Path, help="dataset folder; default: generated videos")
     parser.add_argument("--videos", type=int, default=24, help="how many of them (evenly spread); 0: all")
@@ -60,6 +74,7 @@ def run(part: str, arguments: argparse.Namespace, scratch: Path) -> tuple[dict[s
             content = shards_read.run(dataset, arguments.rounds, scratch)
         name = f"shards-{part}-{set_name}"
         head["dataset"] = set_name
+    name += f"-{harness.family(head['cpu'])}"
     return {**head, "load_before_and_after": [round(load, 2), round(os.getloadavg()[0], 2)], **content}, name
 
 

@@ -1,0 +1,511 @@
+"""docs/performance.md from the JSON in benchmarks/results/: `python -m benchmarks page`.
+
+The prose is fixed; every measured number is taken from the JSON. A paragraph on a bound that is missed appears where
+one is. tests/test_benchmarks.py holds the page in docs/ against this: it is neither edited by hand nor outdated.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.harness import QUIET, RESULTS, TRIES
+from benchmarks.shards_build import HEIGHT, WIDTH, X264, name_of
+from benchmarks.shards_read import PLANES, RAW
+
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+PARTS = {"build": "building", "read": "reading", "index": "the index"}
+# What older results are results of: until which day, which part, what it did otherwise
+CHANGES = (
+    ("2026-11-25", "build", "several workers of a build were threads of one process; now each is a process"),
+    ("2026-11-25", "read", "the loader gave a GPU planes cropped and resized on the CPU; now it gives whole frames"),
+)
+
+Row = dict[str, Any]
+
+
+class Result(NamedTuple):
+    """One JSON file: which part it measures, the name of its machine (a column), its content."""
+
+    part: str
+    machine: str
+    content: dict[str, Any]
+
+
+def write(results: Path = RESULTS, page: Path = PAGE) -> None:
+    """Writes the page."""
+    page.write_text(render(results), "utf-8")
+    print(page)
+
+
+def render(results: Path = RESULTS) -> str:
+    """The page for the JSON files in `results`."""
+    found = read(results)
+    data = [result for result in found if result.part in PARTS]
+    models = [result for result in found if result.part == "models"]
+    blocks = [*head(data), *(bounds_section(data) if data else [])]
+    for part, section in (("build", building), ("read", reading), ("index", index)):
+        if of := [result for result in data if result.part == part]:
+            blocks += section(of)
+    blocks += networks(models) if models else ["## Networks", "There is no JSON on the speed of the networks yet."]
+    return "\n\n".join(blocks) + "\n"
+
+
+def read(folder: Path) -> list[Result]:
+    """The JSON files, by machine and then by part. Quick runs of the networks say nothing and are left out."""
+    contents = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
+    sets = sorted({content["dataset"] for content in contents.values() if "dataset" in content})
+    usual = "ucf101" if "ucf101" in sets else sets[0] if sets else ""
+    found = []
+    for stem, content in contents.items():
+        if stem.startswith("model-speed") and not stem.endswith("-quick"):
+            found.append(Result("models", short(content["hardware"]), content))
+        elif stem.startswith("shards-"):
+            other = content.get("dataset", usual)
+            machine = " ".join(short(content["cpu"]).split()[:2]) + (f", {other}" if other != usual else "")
+            found.append(Result(stem.split("-")[1], machine, content))
+    return sorted(found, key=lambda result: (result.machine, ["models", *PARTS].index(result.part)))
+
+
+def short(name: str) -> str:
+    """A processor's or GPU's name without its trade marks."""
+    return re.sub(r"\s+(?=,|$)|\s+(?=\s)", "", re.sub(r"\(\w+\)|\b(Processor|CPU)\b", "", name))
+
+
+# ---- Markdown ----
+
+
+def prose(*sentences: str, first: str = "") -> str:
+    """A paragraph of at most 120 columns; `first` is what a list's item begins with. No word that Markdown would take
+    for the beginning of something else comes to begin a line."""
+    text = re.sub(r" (?=>|(?:[+#*-]+|\d+[.)])\s)", "\0", " ".join(filter(None, sentences)))
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    lines = textwrap.wrap(text, 120, initial_indent=first, subsequent_indent=" " * len(first), **options)
+    return "\n".join(lines).replace("\0", " ")
+
+
+def table(columns: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; None is a dash."""
+    cells = [["–" if cell is None else str(cell).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *cells))
+
+
+def number(value: float | None) -> str | None:
+    """Three digits or so."""
+    if value is None:
+        return None
+    return f"{value:,.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3}f}"
+
+
+def peer(row: Row) -> str:
+    """A row's name, ours in bold."""
+    return f"**{row['peer']}**" if row["peer"].startswith("ours") else row["peer"]
+
+
+def series(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def by_machine(of: Iterable[Result], value: Callable[[Result], float | str | None], unit: str = "") -> str:
+    """`1.73x (AMD EPYC) and 1.88x (Intel Xeon)`."""
+    pairs = [(value(result), result.machine) for result in of]
+    texts = [(found if isinstance(found, str) else number(found), machine) for found, machine in pairs]
+    return series([f"{text}{unit} ({machine})" for text, machine in texts if text is not None])
+
+
+def machines(of: Iterable[Result]) -> list[str]:
+    """The columns."""
+    return list(dict.fromkeys(result.machine for result in of))
+
+
+# ---- what the JSON holds ----
+
+
+def rows(result: Result, title: str) -> list[Row]:
+    """The rows of the table whose title begins so, without the peers that were not run."""
+    return [row for row in all_rows(result, title) if "not_run" not in row]
+
+
+def all_rows(result: Result, title: str) -> list[Row]:
+    """All rows of that table."""
+    return next((table for name, table in result.content["tables"].items() if name.startswith(title)), [])
+
+
+def one(result: Result, title: str, name: str) -> Row:
+    """The row of a peer, empty where there is none."""
+    return next((row for row in rows(result, title) if row["peer"] == name), {})
+
+
+def not_run(result: Result, title: str) -> list[str]:
+    """A paragraph on the peers of a table that were not run, if any."""
+    missing = [f"{row['peer']} ({row['not_run']})" for row in all_rows(result, title) if "not_run" in row]
+    return [prose(f"Not run: {'; '.join(missing)}.")] if missing else []
+
+
+def measured(result: Result, *words: str) -> float | None:
+    """What was measured for the bound whose text holds these words."""
+    of = [line["measured"] for line in result.content["bounds"] if all(word in line["bound"] for word in words)]
+    return of[0] if of else None
+
+
+def missed(of: Iterable[Result], *words: str) -> bool:
+    """Whether a bound whose text holds these words is missed anywhere."""
+    lines = [line for result in of for line in result.content["bounds"] if line["met"] is False]
+    return any(all(word in line["bound"] for word in words) for line in lines)
+
+
+def bounds_table(of: Sequence[Result]) -> str:
+    """A line per bound, a column per machine. Newer results give the order, what only older ones have comes last."""
+    lines: dict[str, dict[str, str]] = {}
+    order = [*PARTS, "models"]
+    for result in sorted(of, key=lambda r: (order.index(r.part), r.content["date"]), reverse=True):
+        part = order.index(result.part)
+        for line in result.content["bounds"]:
+            verdict = {True: "met", False: "**not met**", None: "not measured"}[line["met"]]
+            value = "" if line["measured"] is None else f"{line['measured']:g}, "
+            lines.setdefault(f"{part}{line['bound']}", {})[result.machine] = value + verdict
+    columns = machines(of)
+    ordered = sorted(lines.items(), key=lambda item: item[0][0])
+    return table(("bound", *columns), [(text[1:], *map(cells.get, columns)) for text, cells in ordered])
+
+
+# ---- sections ----
+
+
+def head(data: Sequence[Result]) -> Iterator[str]:
+    """How it is measured, and on what."""
+    yield "# Performance"
+    yield prose("Generated by `python -m benchmarks page` from the JSON in `benchmarks/results/`; do not edit.")
+    yield prose(
+        "`python -m benchmarks [build|read|index|all] --data FOLDER` (`make bench DATA=FOLDER`, which writes this",
+        "page, too) runs the data path against named peers: alternated in a new order every round, a ratio within each",
+        "round, medians over rounds. CPU time (user + system of the process tree) where one process works; the clock",
+        f"where several do, and then a sample in which other processes used more than {100 * QUIET:.0f} % of the",
+        f"machine is taken again, up to {TRIES - 1} times. The peers live in an environment of their own",
+        "(`benchmarks/requirements.txt`); one that is not installed is listed as not run. The JSON holds every round,",
+        "and the machine's load before and after, since the machines have other work, too. Read the ratios.",
+    )
+    if not data:
+        return
+    yield "## Machines"
+    columns = machines(data)
+
+    def line(name: str, parts: Iterable[str], text: Callable[[dict[str, Any]], str]) -> list[str]:
+        texts: dict[str, list[str]] = {machine: [] for machine in columns}
+        for result in data:
+            if result.part in parts and (said := text(result.content)) not in texts[result.machine]:
+                texts[result.machine].append(said)
+        return [name, *("; ".join(of) or "–" for of in texts.values())]
+
+    def when(content: dict[str, Any]) -> str:
+        load = " to ".join(map(str, content["load_before_and_after"]))
+        return f"{content['date']}, {content['rounds']} rounds, load {load}"
+
+    facts = [
+        line("processor", PARTS, lambda of: f"{of['cpu']}, {of['cores']} cores, {of['memory_gib']} GiB"),
+        line("system", PARTS, lambda of: of["system"]),
+        line("Python", PARTS, lambda of: of["python"]),
+        line("ffmpeg", PARTS, lambda of: of["ffmpeg"]),
+        line("commit", PARTS, lambda of: of.get("commit", "not recorded")),
+        *(line(title, [part], when) for part, title in PARTS.items()),
+    ]
+    yield table(("", *columns), facts)
+    versions: dict[str, list[Result]] = {}
+    for result in data:
+        said = ", ".join(f"{name} {version}" for name, version in result.content["versions"].items())
+        versions.setdefault(said, []).append(result)
+    for said, of in versions.items():
+        parts = series([title for part, title in PARTS.items() if any(result.part == part for result in of)])
+        yield prose(f"Packages for {parts} ({series(machines(of))}): {said}.")
+    old = [
+        f"{PARTS[part]} on {result.machine} ({result.content['date']}): {change}"
+        for date, part, change in CHANGES
+        for result in data
+        if result.part == part and result.content["date"] < date
+    ]
+    if old:
+        yield prose(f"Some results are of older code. {'. '.join(text[0].upper() + text[1:] for text in old)}.")
+
+
+def bounds_section(data: Sequence[Result]) -> Iterator[str]:
+    """The table of bounds, and what is behind those that are missed."""
+    yield "## Bounds"
+    yield prose(
+        "What was measured is a ratio where the bound does not name a unit. A dash: those results do not have the",
+        "bound, or have it under the name of what older code did.",
+    )
+    yield bounds_table(data)
+    builds, reads = ([result for result in data if result.part == part] for part in ("build", "read"))
+    why = [*missed_in_building(builds), *missed_in_reading(reads)]
+    if why:
+        yield "What is behind bounds that are not met, or not everywhere:"
+        yield "\n".join(why)
+
+
+def missed_in_building(of: Sequence[Result]) -> Iterator[str]:
+    """Workers; video2dataset."""
+    title, per_frame = "wall time of whole builds", "CPU per frame"
+
+    def busy(result: Result) -> str | None:
+        row = one(result, title, name_of("ffmpeg", 1, 2))
+        return f"{row['cpu_ms_per_frame'] / row['wall_ms_per_frame']:.1f}" if row else None
+
+    careful = [result.machine for result in of if list(unseen(rows(result, title)))]
+    if missed(of, "2 workers on 2 cores"):
+        ratios = [
+            f"with decoder {decoder} "
+            + by_machine(of, lambda r, d=decoder: measured(r, f"decoder {d}: 2 workers", "1 core"), "x")  # type: ignore[misc]
+            for decoder in ("ffmpeg", "pyav")
+        ]
+        yield prose(
+            f"**Workers.** Two workers on two cores are, of one worker that has one core, {'; '.join(ratios)}.",
+            "One worker with decoder ffmpeg that has two cores is two processes already, ffmpeg and the encoder, and",
+            f"keeps about {by_machine(of, busy)} cores busy (CPU time over the clock): two cores do not leave the",
+            "bound's ratio over that. Workers that take all cores of a machine keep to one each.",
+            f"The times of two workers on {series(careful)} want care, see there." if careful else "",
+            first="- ",
+        )
+    if missed(of, X264):
+        yield prose(
+            "**video2dataset.** Its path takes",
+            f"{by_machine(of, lambda r: one(r, per_frame, X264).get('cpu_ms_per_frame'))} ms of CPU a frame, less than",
+            "the note has that the bound was taken from. Against the fast decoder the ratio is",
+            f"{by_machine(of, lambda r: measured(r, X264, 'the fast decoder'))}, against the default decoder",
+            f"{by_machine(of, lambda r: measured(r, X264, 'the default decoder'))}.",
+            first="- ",
+        )
+
+
+def missed_in_reading(of: Sequence[Result]) -> Iterator[str]:
+    """The raw memory-map; RGB through a plain loader."""
+    title, alone = "DataLoader", "one process"
+
+    def spread(result: Result, which: Callable[[list[float]], float]) -> float | None:
+        raw, ours = one(result, title, RAW), reference(result)
+        if not raw or not ours:
+            return None
+        return which([a / b for a, b in zip(raw["wall_ms_of_rounds"], ours["wall_ms_of_rounds"], strict=True)])
+
+    def ring(result: Result) -> Row:
+        return next((row for row in rows(result, title) if row["peer"].startswith(f"{RAW}, through")), {})
+
+    def times(result: Result) -> float | None:
+        raw, through = one(result, title, RAW), ring(result)
+        return raw["wall_ms_per_clip"] / through["wall_ms_per_clip"] if raw and through else None
+
+    if missed([r for r in of if reference(r)], "loader", RAW):
+        ranges = [f"{number(spread(r, min))} to {number(spread(r, max))} ({r.machine})" for r in of if spread(r, min)]
+        yield prose(
+            f"**The raw memory-map.** From round to round the ratio is {series(ranges)}. The peer decodes nothing: in",
+            f"all it takes {by_machine(of, lambda r: one(r, title, RAW).get('cpu_ms_per_clip'))} ms of CPU a clip,",
+            "loader included. Reading, decoding and resizing a clip's JPEGs takes us",
+            f"{by_machine(of, lambda r: one(r, alone, PLANES).get('cpu_ms_per_clip'))} ms in one process, without any",
+            "loader. The peer is spared the decoding: where a machine's memory is quick beside its decoding, the ratio",
+            "falls. About the peer: it is opened anew in every epoch, since an epoch of a whole dataset would find",
+            "none of the last one's pages, and makes new shared memory for every batch, which our ring of slots does",
+            f"without. Through such a ring it would be {by_machine(of, times)} times as fast: that is the ceiling",
+            "without JPEG, for many times the disk.",
+            first="- ",
+        )
+    if missed(of, "for comparison"):
+        yield prose(
+            "**For comparison.** The bounds of the loader are meant for what a GPU is given, planes; these lines hold",
+            "RGB through a plain DataLoader, what a CPU is given, against the same numbers.",
+            first="- ",
+        )
+
+
+def reference(result: Result) -> Row:
+    """Ours for a GPU in the table of loaders: what the other rows' ratios are of."""
+    return next((row for row in rows(result, "DataLoader") if row["wall_times_ours"] == 1), {})
+
+
+def building(of: Sequence[Result]) -> Iterator[str]:
+    """Tables of building, machine by machine."""
+    yield "## Building, .avi to JPEG in tar"
+    yield prose(
+        f"Every frame of a video, {WIDTH}x{HEIGHT}, into a tar; checksums, tar and index included for ours. The",
+        "encoders' qualities differ: ours and Pillow's are quality 90, 4:2:0. video2dataset's path runs on a part of the",
+        "videos, scaled by their frames, for it takes long. Memory is the peak of PSS (shared pages by share) of all",
+        "processes together.",
+    )
+    for result in of:
+        content = result.content
+        yield f"### Building on {result.machine}"
+        yield prose(
+            f"{content['videos']} videos of {content['dataset']}, {content['frames']:,} frames, one worker; whole",
+            f"builds and memory: {content['videos_of_workers_and_memory']} videos,",
+            f"{content['frames_of_workers_and_memory']:,} frames.",
+        )
+        costs = rows(result, "CPU per frame")
+        cells = [(peer(row), number(row["cpu_ms_per_frame"]), number(row["cpu_times_ours"])) for row in costs]
+        yield table(("one worker", "CPU ms per frame", "x default"), cells)
+        yield from not_run(result, "CPU per frame")
+        walls = {tuple(row["peer"].split(", ", 1)): row for row in rows(result, "wall time")}
+        cases, decoders = sorted({case for _, case in walls}), sorted({decoder for decoder, _ in walls})
+        values = [(d, *(number(walls.get((d, case), {}).get("wall_ms_per_frame")) for case in cases)) for d in decoders]
+        yield table(("whole builds, ms per frame by the clock", *cases), values)
+        yield from not_run(result, "wall time")
+        yield from unseen(rows(result, "wall time"))
+        yield "\n".join(
+            f"- the whole UCF-101 on two cores, {row['peer']}: {row['arithmetic']} = {row['minutes']} minutes"
+            for row in rows(result, "the whole")
+        )
+        title = next(name for name in content["tables"] if name.startswith("memory"))
+        thirds = ("first_third_peak_mib", "middle_third_peak_mib", "last_third_peak_mib")
+        columns = (f"{title}, MiB", "first third", "middle", "last third")
+        yield table(columns, [(row["peer"], *(f"{row[third]:.0f}" for third in thirds)) for row in rows(result, title)])
+
+
+def unseen(walls: Sequence[Row]) -> Iterator[str]:
+    """A warning on builds whose worker processes were not counted as ours."""
+    least = min((row["cpu_ms_per_frame"] for row in walls if "1 worker" in row["peer"]), default=0.0)
+    of = [row for row in walls if row["others_share"] > QUIET and row["cpu_ms_per_frame"] < least / 2]
+    if of:
+        cases = [f"{row['peer']} ({100 * row['others_share']:.0f} %)" for row in of]
+        yield prose(
+            f"To be read with care: {series(cases)}. The share is what others seem to have used of the machine, but",
+            "the harness did not see the CPU time of these builds' own worker processes and took it for that of",
+            f"others. So whether the machine was calm was not checked here, and of up to {TRIES} samples a round the",
+            "one with the smallest such share was kept. The times themselves are the build's own clock.",
+        )
+
+
+def reading(of: Sequence[Result]) -> Iterator[str]:
+    """Tables of reading, machine by machine."""
+    yield "## Reading"
+    yield prose(
+        "The same random frames under the same random crop for all peers of a round, and the very same JPEGs.",
+        "*Pixels*: mean absolute difference to ours (of 255), so that a peer that reads other frames is noticed; those",
+        "on the .avi never saw a JPEG. *Mapped*: read through a memory map, which the kernel does not count.",
+    )
+    yield prose(
+        "What the loader gives a GPU are whole frames as planes; crop, mirror, resize and colour are left to the",
+        "device (`pasnet.data.rgb_of_planes`). What that costs on one CPU thread stands below each table of loaders:",
+        "planes are for GPUs, whose cost for it is not in these files, and a CPU gets RGB.",
+    )
+    for result in of:
+        content = result.content
+        yield f"### Reading on {result.machine}"
+        yield prose(f"{content['videos']} videos of {content['dataset']}. {content['what']}.")
+
+        def mapped(share: float | None) -> str | None:
+            return "mapped" if share is None or share < 0.5 else number(share)
+
+        lines = [
+            (
+                peer(row),
+                number(row["cpu_ms_per_clip"]),
+                number(row["cpu_times_ours"]),
+                mapped(row["bytes_read_over_bytes_used"]),
+                None if row["mean_difference_to_ours"] is None else f"{row['mean_difference_to_ours']:.2f}",
+            )
+            for row in rows(result, "one process")
+        ]
+        yield table(("one process", "CPU ms per clip", "x ours, RGB", "bytes read / used", "pixels"), lines)
+        yield from not_run(result, "one process")
+        title = next(name for name in content["tables"] if name.startswith("DataLoader"))
+        loaders = [
+            (peer(row), number(row["clips_per_s"]), number(row["cpu_ms_per_clip"]), number(row["wall_times_ours"]))
+            for row in rows(result, title)
+        ]
+        yield table((title, "clips/s", "CPU ms per clip", "time, x ours for a GPU"), loaders)
+        yield from not_run(result, title)
+        for name in content["tables"]:
+            if "which a GPU would do" in name:
+                for row in rows(result, name):
+                    yield prose(f"`{row['peer'].split()[0]}` on one CPU thread ({name}):",
+                                f"{number(row['cpu_ms_per_clip'])} ms of CPU a clip.")  # fmt: skip
+
+
+def index(of: Sequence[Result]) -> Iterator[str]:
+    """One line per machine."""
+    yield "## The index"
+    yield prose(f"Measured is {of[-1].content['what']}; imports are done before.")
+    lines = [
+        (result.machine, f"{row['wall_s']:.3f}", row["index_mb"])
+        for result in of
+        for row in rows(result, "open_shards")
+    ]
+    yield table(("", "seconds", "index, MB"), lines)
+
+
+def networks(of: Sequence[Result]) -> Iterator[str]:
+    """benchmarks/model_speed.py: bounds, then machine by machine."""
+    yield "## Networks"
+    yield prose(
+        "`python -m benchmarks models` runs PAS-Net, ECO-Lite and I3D on random clips, with random weights.",
+        "*Reference* is the plain form: module by module, fp32, eager, maps in torch's usual order. The other forms",
+        "are those that `pasnet.models.fast` gives for inference (of I3D: channels last, and autocast), and in",
+        "training what `pasnet train` runs. They alternate in a new order every round, and a ratio is one of samples",
+        "of the same round. *Utilisation*, in brackets, is the share of the machine's own rate of large matrix",
+        "products in that precision; Fourier tiles leave out multiplications that the count includes, so that it can",
+        "be above 100 %. Memory is the peak above what was there before on a CPU, and all that was allocated on a GPU.",
+    )
+    yield bounds_table(of)
+    for result in of:
+        content = result.content
+        yield f"### Networks on {result.machine}"
+        rates = [f"{number(rate)} ({form})" for form, rate in content["gmac_per_second_of_matmul"].items()]
+        yield prose(
+            f"{content['date']}, {content['rounds']} rounds, commit {content.get('commit', 'not recorded')}, torch",
+            f"{content['torch']}, Python {content['python']}, {content['threads']} threads, load",
+            f"{' to '.join(map(str, content['load_before_and_after']))}. {samples(result)} Matrix products, 10^9",
+            f"multiply-adds per second: {series(rates)}.",
+        )
+        for title, name in (("forward", "forward, clips/s"), ("training", "forward and backward, clips/s")):
+            yield pivot(
+                result, title, name, lambda row: f"{number(row['clips_per_second'])} ({100 * row['utilisation']:.0f} %)"
+            )
+            yield pivot(result, title, f"{title}, peak MB", lambda row: f"{row['peak_mb']:,.0f}")
+        missing = {row["network"]: row["not_run"] for title in ("forward", "training")
+                   for row in all_rows(result, title) if "not_run" in row} | content["not_run"]  # fmt: skip
+        if missing:
+            yield prose(f"Not run: {'; '.join(f'{name} ({why})' for name, why in missing.items())}.")
+        styles = rows(result, "styles")
+        cases = list(dict.fromkeys((row["form"], row["width"]) for row in styles))
+        faster = {(row["style"], row["form"], row["width"]): row["times_faster"] for row in styles}
+        yield table(
+            ("times as fast as the reference", *(f"{form}, width {width:g}" for form, width in cases)),
+            [
+                (f"`{style}`", *(number(faster.get((style, *case))) for case in cases))
+                for style in dict.fromkeys(row["style"] for row in styles)
+            ],
+        )
+        errors = [
+            (
+                f"`{row['network']}`, {row['what']}, {row['form']}",
+                f"{row['error']:g}",
+                f"{row['bound']:g}",
+                "yes" if row["agrees"] else "**no**",
+            )
+            for row in rows(result, "agreement")
+        ]
+        yield table(("agreement with the reference", "error", "bound", "within"), errors)
+        kept = [[row["num_segments"], *(number(row[f"gb{of}"]) for of in ("", "_checkpoint", "_frozen"))]
+                for row in rows(result, "memory")]  # fmt: skip
+        yield table(("counted GB a clip for the backward pass, K", "in full", "pose checkpoints", "pose frozen"), kept)
+
+
+def samples(result: Result) -> str:
+    """How many samples a speed is the median of, and how much of the machine others used meanwhile."""
+    counts = [len(row["seconds"]) for title in ("forward", "training") for row in rows(result, title)]
+    said = f"A speed is the median of {min(counts)} to {max(counts)} samples." if counts else ""
+    shares = [f"{100 * x:.1f} % ({name})" for name, x in result.content.get("others_share_of_samples", {}).items()]
+    return f"{said} Others used {series(shares)} of the machine during samples." if shares else said
+
+
+def pivot(result: Result, title: str, name: str, text: Callable[[Row], str]) -> str:
+    """A line per network, K and batch, a column per form."""
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows(result, title):
+        width = "" if row["width"] == 1 else f", width {row['width']:g}"
+        line = f"{row['network']}, K = {row['num_segments']}, batch {row['batch']}{width}"
+        lines.setdefault(line, {})[row["form"]] = text(row)
+    forms = list(dict.fromkeys(row["form"] for row in rows(result, title)))
+    return table((name, *forms), [(line, *map(cells.get, forms)) for line, cells in lines.items()])

@@ -1,0 +1,136 @@
+"""docs/performance.md is what benchmarks/page.py makes of the JSON; nothing is measured here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.harness import RESULTS, family
+from benchmarks.page import PAGE, prose, render
+
+MODELS = {
+    "date": "2026-12-01",
+    "hardware": "Some(R) Graphics Processor 9000",
+    "torch": "2.13.0",
+    "python": "3.11.7",
+    "threads": 2,
+    "gmac_per_second_of_matmul": {"fp32": 50.0, "bf16": 400.0},
+    "rounds": 3,
+    "tables": {
+        "agreement": [
+            {"network": "A", "what": "logits", "form": "fp32", "error": 1.2e-06, "bound": 1e-4, "agrees": True},
+            {"network": "A", "what": "logits", "form": "bf16", "error": 0.3, "bound": 2e-2, "agrees": False},
+        ],
+        "forward": [
+            {
+                **{"network": "PAS-Net", "style": "A", "num_segments": 8, "width": 1.0, "form": form, "batch": batch},
+                **{"clips_per_second": speed, "utilisation": 1.25, "seconds": [1.0], "peak_mb": 1234.5},
+            }
+            for form, batch, speed in (("reference", 1, 0.5), ("fp32", 1, 1.0), ("fp32", 4, 1.5))
+        ]
+        + [{"network": "I3D", "not_run": "no such module"}],
+        "styles": [{"style": "A", "width": 0.125, "form": "fp32", "times_faster": 1.75}],
+        "training": [],
+        "memory": [{"num_segments": 8, "gb": 2.5, "gb_checkpoint": 1.5, "gb_frozen": 0.5}],
+    },
+    "bounds": [
+        {"bound": "fast fp32 faster", "measured": 1.4, "met": False},
+        {"bound": "fast bf16 faster", "measured": None, "met": None},
+    ],
+    "not_run": {"bf16": "not in this processor's hardware"},
+    "others_share_of_samples": {"median": 0.012, "ninth decile": 0.25},
+    "load_before_and_after": [0.1, 0.2],
+}
+
+
+def change(folder: Path, name: str, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / name
+    content = json.loads(path.read_text("utf-8"))
+    edit(content)
+    path.write_text(json.dumps(content), "utf-8")
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(RESULTS, tmp_path / "results"))
+
+
+def test_the_page_is_what_the_json_says() -> None:
+    assert PAGE.read_text("utf-8") == render(), "run python -m benchmarks page"
+
+
+def test_lines_are_short_and_begin_nothing_by_accident() -> None:
+    lines = render().splitlines()
+    assert max(len(line) for line in lines if not line.startswith("|")) <= 120
+    assert "nan" not in render() and "None" not in render()
+    for width in range(105, 121):
+        words = "x" * width
+        for sign in (">= 2", "- 2", "3. at", "# 1"):
+            assert all(line[:1] not in ">-#3" for line in prose(words, sign, "y").splitlines())
+
+
+@pytest.mark.parametrize(
+    ("measured", "met", "cell"),
+    [(0.7, False, "0.7, **not met**"), (0.6, True, "0.6, met"), (None, None, "not measured")],
+)
+def test_verdicts_come_from_the_json(results: Path, measured: float | None, met: bool | None, cell: str) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        content["bounds"] = [{"bound": "ours <= 0.65x a peer", "measured": measured, "met": met}]
+
+    for path in results.iterdir():
+        if "amd-epyc" not in path.name:
+            path.unlink()
+    change(results, "shards-build-ucf101-amd-epyc.json", edit)
+    assert f"| ours <= 0.65x a peer | {cell} |" in render(results).splitlines()
+
+
+def test_a_column_for_every_machine(results: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        content |= {"cpu": "Acme(TM) Anvil Processor", "date": "2027-01-01", "commit": "abc1234"}
+        content["tables"]["CPU per frame, one worker"].append({"peer": "a peer", "not_run": "not installed"})
+        for row in content["tables"]["wall time of whole builds"]:
+            row["others_share"] = 0.0
+
+    name = "shards-build-ucf101-acme-anvil.json"
+    shutil.copy(results / "shards-build-ucf101-intel-xeon.json", results / name)
+    change(results, name, edit)
+    page = render(results)
+    assert page.count("| bound | AMD EPYC | Acme Anvil | Intel Xeon |") == 1
+    assert "| commit | not recorded | abc1234 | not recorded |" in page
+    assert "Not run: a peer (not installed)." in page
+    # the EPYC's builds are older than worker processes; the harness did not see those of the Xeon
+    assert "Building on AMD EPYC (2026-11-24): several workers of a build were threads" in " ".join(page.split())
+    careful = {part.splitlines()[0]: "To be read with care" in part for part in page.split("### Building on ")[1:]}
+    assert careful == {"AMD EPYC": False, "Acme Anvil": False, "Intel Xeon": True}
+
+
+def test_networks(results: Path) -> None:
+    (results / "model-speed-gpu.json").write_text(json.dumps(MODELS), "utf-8")
+    (results / "model-speed-cpu-quick.json").write_text(json.dumps({**MODELS, "hardware": "Quick"}), "utf-8")
+    page = render(results)
+    lines = page.splitlines()
+    assert "### Networks on Some Graphics 9000" in lines and "Quick" not in page
+    assert "| bound | Some Graphics 9000 |" in lines
+    assert "| fast fp32 faster | 1.4, **not met** |" in lines and "| fast bf16 faster | not measured |" in lines
+    assert "| PAS-Net, K = 8, batch 1 | 0.500 (125 %) | 1.00 (125 %) |" in lines
+    assert "| PAS-Net, K = 8, batch 4 | – | 1.50 (125 %) |" in lines
+    assert "| `A`, logits, bf16 | 0.3 | 0.02 | **no** |" in lines
+    assert "Others used 1.2 % (median) and 25.0 % (ninth decile) of the machine" in " ".join(page.split())
+    assert "Not run: I3D (no such module); bf16 (not in this processor's hardware)." in lines
+
+
+def test_without_results_there_is_a_page(tmp_path: Path) -> None:
+    assert render(tmp_path).startswith("# Performance\n")
+
+
+@pytest.mark.parametrize(
+    ("cpu", "expected"),
+    [("AMD EPYC", "amd-epyc"), ("Intel(R) Xeon(R) Processor", "intel-xeon"), ("AMD EPYC 7B13 64-Core", "amd-epyc")],
+)
+def test_family_names_a_file(cpu: str, expected: str) -> None:
+    assert family(cpu) == expected
