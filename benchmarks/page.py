@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.harness import QUIET, RESULTS, TRIES
+from benchmarks.harness import QUIET, RESULTS, TRIES, family
 from benchmarks.shards_build import HEIGHT, WIDTH, X264, name_of
 from benchmarks.shards_read import PLANES, RAW
 
@@ -45,12 +45,14 @@ def write(results: Path = RESULTS, page: Path = PAGE) -> None:
 def render(results: Path = RESULTS) -> str:
     """The page for the JSON files in `results`."""
     found = read(results)
-    data = [result for result in found if result.part in PARTS]
+    data = [result for result in found if result.part != "models"]
     models = [result for result in found if result.part == "models"]
     blocks = [*head(data), *(bounds_section(data) if data else [])]
     for part, section in (("build", building), ("read", reading), ("index", index)):
         if of := [result for result in data if result.part == part]:
             blocks += section(of)
+    for part in dict.fromkeys(result.part for result in data if result.part not in PARTS):
+        blocks += anything([result for result in data if result.part == part])
     blocks += networks(models) if models else ["## Networks", "There is no JSON on the speed of the networks yet."]
     return "\n\n".join(blocks) + "\n"
 
@@ -64,11 +66,18 @@ def read(folder: Path) -> list[Result]:
     for stem, content in contents.items():
         if stem.startswith("model-speed") and not stem.endswith("-quick"):
             found.append(Result("models", short(content["hardware"]), content))
-        elif stem.startswith("shards-"):
+        elif "cpu" in content:
+            part = stem.removeprefix("shards-").removesuffix(f"-{family(content['cpu'])}")
+            part = part.removesuffix(f"-{content.get('dataset')}")
             other = content.get("dataset", usual)
             machine = " ".join(short(content["cpu"]).split()[:2]) + (f", {other}" if other != usual else "")
-            found.append(Result(stem.split("-")[1], machine, content))
-    return sorted(found, key=lambda result: (result.machine, ["models", *PARTS].index(result.part)))
+            found.append(Result(part, machine, content))
+    return sorted(found, key=lambda result: (result.machine, order(result)))
+
+
+def order(result: Result) -> tuple[int, str]:
+    """Where a part has its place: as in PARTS, then what this page has no words for."""
+    return (list(PARTS).index(result.part) if result.part in PARTS else len(PARTS), result.part)
 
 
 def short(name: str) -> str:
@@ -161,17 +170,15 @@ def missed(of: Iterable[Result], *words: str) -> bool:
 
 def bounds_table(of: Sequence[Result]) -> str:
     """A line per bound, a column per machine. Newer results give the order, what only older ones have comes last."""
-    lines: dict[str, dict[str, str]] = {}
-    order = [*PARTS, "models"]
-    for result in sorted(of, key=lambda r: (order.index(r.part), r.content["date"]), reverse=True):
-        part = order.index(result.part)
+    lines: dict[tuple[tuple[int, str], str], dict[str, str]] = {}
+    for result in sorted(of, key=lambda result: result.content["date"], reverse=True):
         for line in result.content["bounds"]:
             verdict = {True: "met", False: "**not met**", None: "not measured"}[line["met"]]
             value = "" if line["measured"] is None else f"{line['measured']:g}, "
-            lines.setdefault(f"{part}{line['bound']}", {})[result.machine] = value + verdict
+            lines.setdefault((order(result), line["bound"]), {})[result.machine] = value + verdict
     columns = machines(of)
     ordered = sorted(lines.items(), key=lambda item: item[0][0])
-    return table(("bound", *columns), [(text[1:], *map(cells.get, columns)) for text, cells in ordered])
+    return table(("bound", *columns), [(text, *map(cells.get, columns)) for (_, text), cells in ordered])
 
 
 # ---- sections ----
@@ -206,13 +213,14 @@ def head(data: Sequence[Result]) -> Iterator[str]:
         load = " to ".join(map(str, content["load_before_and_after"]))
         return f"{content['date']}, {content['rounds']} rounds, load {load}"
 
+    parts = dict.fromkeys(result.part for result in sorted(data, key=order))
     facts = [
-        line("processor", PARTS, lambda of: f"{of['cpu']}, {of['cores']} cores, {of['memory_gib']} GiB"),
-        line("system", PARTS, lambda of: of["system"]),
-        line("Python", PARTS, lambda of: of["python"]),
-        line("ffmpeg", PARTS, lambda of: of["ffmpeg"]),
-        line("commit", PARTS, lambda of: of.get("commit", "not recorded")),
-        *(line(title, [part], when) for part, title in PARTS.items()),
+        line("processor", parts, lambda of: f"{of['cpu']}, {of['cores']} cores, {of['memory_gib']} GiB"),
+        line("system", parts, lambda of: of["system"]),
+        line("Python", parts, lambda of: of["python"]),
+        line("ffmpeg", parts, lambda of: of["ffmpeg"]),
+        line("commit", parts, lambda of: of.get("commit", "not recorded")),
+        *(line(PARTS.get(part, part), [part], when) for part in parts),
     ]
     yield table(("", *columns), facts)
     versions: dict[str, list[Result]] = {}
@@ -220,8 +228,8 @@ def head(data: Sequence[Result]) -> Iterator[str]:
         said = ", ".join(f"{name} {version}" for name, version in result.content["versions"].items())
         versions.setdefault(said, []).append(result)
     for said, of in versions.items():
-        parts = series([title for part, title in PARTS.items() if any(result.part == part for result in of)])
-        yield prose(f"Packages for {parts} ({series(machines(of))}): {said}.")
+        titles = series([PARTS.get(part, part) for part in parts if any(result.part == part for result in of)])
+        yield prose(f"Packages for {titles} ({series(machines(of))}): {said}.")
     old = [
         f"{PARTS[part]} on {result.machine} ({result.content['date']}): {change}"
         for date, part, change in CHANGES
@@ -330,9 +338,9 @@ def building(of: Sequence[Result]) -> Iterator[str]:
     yield "## Building, .avi to JPEG in tar"
     yield prose(
         f"Every frame of a video, {WIDTH}x{HEIGHT}, into a tar; checksums, tar and index included for ours. The",
-        "encoders' qualities differ: ours and Pillow's are quality 90, 4:2:0. video2dataset's path runs on a part of the",
-        "videos, scaled by their frames, for it takes long. Memory is the peak of PSS (shared pages by share) of all",
-        "processes together.",
+        "encoders' qualities differ: ours and Pillow's are quality 90, 4:2:0. video2dataset's path runs on a part of",
+        "the videos, scaled by their frames, for it takes long. Memory is the peak of PSS (shared pages by share) of",
+        "all processes together.",
     )
     for result in of:
         content = result.content
@@ -433,6 +441,21 @@ def index(of: Sequence[Result]) -> Iterator[str]:
         for row in rows(result, "open_shards")
     ]
     yield table(("", "seconds", "index, MB"), lines)
+
+
+def anything(of: Sequence[Result]) -> Iterator[str]:
+    """A part that this page has no words for: its tables as they are, machine by machine."""
+    yield f"## {of[0].part}"
+    for result in of:
+        yield f"### {of[0].part} on {result.machine}"
+        yield prose(f"{result.content['what']}.")
+        for title in result.content["tables"]:
+            found = rows(result, title)
+            names = [name for name in (found[0] if found else {}) if not isinstance(found[0][name], list | dict)]
+            if names:
+                cells = [[peer(row), *map(row.get, names[1:])] for row in found]
+                yield table((title, *(name.replace("_", " ") for name in names[1:])), cells)
+            yield from not_run(result, title)
 
 
 def networks(of: Sequence[Result]) -> Iterator[str]:

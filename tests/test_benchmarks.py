@@ -124,6 +124,20 @@ def test_networks(results: Path) -> None:
     assert "Not run: I3D (no such module); bf16 (not in this processor's hardware)." in lines
 
 
+def test_a_part_without_words_of_its_own(results: Path) -> None:
+    content = json.loads((results / "shards-index-intel-xeon.json").read_text("utf-8"))
+    content |= {
+        "dataset": "ucf101",
+        "what": "a step",
+        "tables": {"steps": [{"peer": "a|b", "a_share": 0.25, "of": []}]},
+    }
+    content["bounds"] = [{"bound": "a step is short", "measured": 3.0, "met": False}]
+    (results / "some-loop-ucf101-intel-xeon.json").write_text(json.dumps(content), "utf-8")
+    lines = render(results).splitlines()
+    assert "### some-loop on Intel Xeon" in lines and "| steps | a share |" in lines and "| a\\|b | 0.25 |" in lines
+    assert "| a step is short | – | 3, **not met** |" in lines
+
+
 def test_without_results_there_is_a_page(tmp_path: Path) -> None:
     assert render(tmp_path).startswith("# Performance\n")
 
