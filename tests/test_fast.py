@@ -15,7 +15,7 @@ from pasnet import cli, costing
 from pasnet.config import FUSION_TITLES, FusionConfig, ModelConfig
 from pasnet.experiments import ROWS, select_rows
 from pasnet.models.cost import cost, kept_bytes
-from pasnet.models.fast import InferencePASNet, optimised
+from pasnet.models.fast import InferencePASNet, for_evaluation, optimised
 from pasnet.models.fourier import FourierConv2d
 from pasnet.models.openpose import BodyNet
 from pasnet.models.pasnet import PASNet
@@ -250,3 +250,14 @@ def test_list_prints_costs(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{5 * 89_661_915 / 1e6:.2f} M" in capsys.readouterr().out
     assert cli.main(["list", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == len(ROWS)
+
+
+@pytest.mark.parametrize("style", ["A", "A+pool(I)+pool(F)"])
+def test_evaluation_takes_the_fast_form_where_it_is_one(style: str) -> None:
+    net, x = trained(style), clips()
+    fast = for_evaluation(net, "fp32", 100)
+    assert fast is not None
+    with torch.inference_mode():
+        assert error(fast(x), net(x)) < 1e-4
+    assert for_evaluation(net, "tf32", 100) is None
+    assert for_evaluation(nn.Linear(2, 2), "fp32", 100) is None
