@@ -1,4 +1,4 @@
-"""`python -m benchmarks [build|read|index|all]`: the data path against its peers, as JSON and tables.
+"""`python -m benchmarks [build|read|index|loop|all]`: data path and training loop, as JSON and tables.
 
 `python -m benchmarks models ...` is benchmarks/model_speed.py, the networks; that file runs alone, too.
 `python -m benchmarks page` writes docs/performance.md from the JSON that is there.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
+from pasnet.provenance import commit
 from shards import find_dataset
 
 
@@ -33,7 +34,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="speed of the data path against peers")
     parser.epilog = "models: the networks, see models --help; page: docs/performance.md from the JSON that is there"
-    parser.add_argument("part", nargs="?", choices=("build", "read", "index", "all"), default="all")
+    parser.add_argument("part", nargs="?", choices=("build", "read", "index", "loop", "all"), default="all")
     parser.add_argument("--data", type=Path, help="dataset folder; default: generated videos")
     parser.add_argument("--videos", type=int, default=24, help="how many of them (evenly spread); 0: all")
     parser.add_argument("--rounds", type=int, default=5)
@@ -44,7 +45,7 @@ def main() -> None:
         arguments.data = arguments.data.absolute()
     with harness.scratch_folder() as scratch:
         harness.use_ffmpeg(arguments.ffmpeg, scratch / "bin")
-        parts = ("build", "read", "index") if arguments.part == "all" else (arguments.part,)
+        parts = ("build", "read", "index", "loop") if arguments.part == "all" else (arguments.part,)
         for part in parts:
             content, name = run(part, arguments, scratch / part)
             harness.report(content, arguments.out / f"{name}.json")
@@ -54,7 +55,8 @@ def run(part: str, arguments: argparse.Namespace, scratch: Path) -> tuple[dict[s
     """Results of one part with the machine that they come from, and the name of their file."""
     scratch.mkdir()
     load = os.getloadavg()[0]
-    head = {"date": datetime.date.today().isoformat(), "rounds": arguments.rounds, **harness.machine()}
+    head = {"date": datetime.date.today().isoformat(), "commit": commit(), "rounds": arguments.rounds}
+    head |= harness.machine()
     if part == "index":
         from benchmarks import shards_index
 
@@ -68,11 +70,15 @@ def run(part: str, arguments: argparse.Namespace, scratch: Path) -> tuple[dict[s
             from benchmarks import shards_build
 
             content = shards_build.run(folder, dataset, arguments.rounds, scratch, all_videos=0)
-        else:
+        elif part == "read":
             from benchmarks import shards_read
 
             content = shards_read.run(dataset, arguments.rounds, scratch)
-        name = f"shards-{part}-{set_name}"
+        else:
+            from benchmarks import train_loop
+
+            content = train_loop.run(dataset, arguments.rounds, scratch)
+        name = f"train-loop-{set_name}" if part == "loop" else f"shards-{part}-{set_name}"
         head["dataset"] = set_name
     name += f"-{harness.family(head['cpu'])}"
     return {**head, "load_before_and_after": [round(load, 2), round(os.getloadavg()[0], 2)], **content}, name

@@ -103,7 +103,8 @@ def alternate(
 ) -> Samples:
     """Runs every peer once to warm up (round -1), then in every round, in an order drawn for each round.
 
-    A peer that raises is left out from then on, with its reason in `not_run`. `also(name, round)` is called after a
+    A peer returns nothing, or the CPU seconds (float) of processes that nobody waited for, which are not seen from here.
+    One that raises is left out from then on, with its reason in `not_run`. `also(name, round)` is called after a
     timed run, outside the measured time. With `quiet`, a sample in which others used more than this share of the
     machine is taken again, up to TRIES times, and the calmest is kept: there is no other way by the clock.
     """
@@ -117,11 +118,12 @@ def alternate(
             while name not in not_run and (not tried or _again(tried, number, quiet)):
                 cpu, busy, wall = cpu_seconds(), busy_seconds(), time.perf_counter()
                 try:
-                    peers[name](number)
+                    unseen = peers[name](number)
                 except Exception as error:
                     not_run[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
                     break
                 wall, busy, cpu = time.perf_counter() - wall, busy_seconds() - busy, cpu_seconds() - cpu
+                cpu += unseen if isinstance(unseen, float) else 0.0
                 others = max(0.0, busy - cpu) / (wall * (os.cpu_count() or 1))
                 tried.append(Sample(cpu, wall, others, runs[name]))
                 runs[name] += 1

@@ -13,6 +13,7 @@ import functools
 import io
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import QUIET, Samples, alternate, bound, descendants, only, ratio, rows, spread
+from benchmarks.harness import QUIET, Samples, alternate, bound, cpu_seconds, descendants, only, ratio, rows, spread
 from shards import Dataset, DecodeSettings, Video, build, ffmpeg_exe, find_dataset, scan
 from shards.decode_ffmpeg import passthrough
 
@@ -162,7 +163,11 @@ def child(folder: Path, count: int, decoder: str, workers: int, out: Path, times
             "frames"
         ]
         shutil.rmtree(place)
-    return {"seconds": time.perf_counter() - start, "frames": frames}
+    seconds = time.perf_counter() - start
+    waited_for = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    # the server of the worker processes, still alive, and the workers, which are its children
+    unseen = cpu_seconds() - sum(used.ru_utime + used.ru_stime for used in waited_for)
+    return {"seconds": seconds, "frames": frames, "unseen_cpu": unseen}
 
 
 def build_apart(
@@ -216,10 +221,10 @@ def memory(pid: int) -> tuple[int, int]:
 def scaling(folder: Path, count: int, frames: int, rounds: int, scratch: Path) -> tuple[Samples, list[Any]]:
     """Wall time of whole builds for one and two workers, alternated."""
 
-    def one(decoder: str, workers: int, cores: int, number: int) -> None:
-        walls[name_of(decoder, workers, cores)].append(
-            build_apart(folder, count, decoder, workers, scratch / "scaling", cores=cores)["seconds"]
-        )
+    def one(decoder: str, workers: int, cores: int, number: int) -> float:
+        result = build_apart(folder, count, decoder, workers, scratch / "scaling", cores=cores)
+        walls[name_of(decoder, workers, cores)].append(result["seconds"])
+        return result["unseen_cpu"]
 
     cases = [(decoder, *rest) for decoder in ("ffmpeg", "pyav") for rest in ((1, 1), (1, 2), (2, 2))]
     walls: dict[str, list[float]] = {name_of(*case): [] for case in cases}
