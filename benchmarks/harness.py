@@ -103,8 +103,8 @@ def alternate(
 ) -> Samples:
     """Runs every peer once to warm up (round -1), then in every round, in an order drawn for each round.
 
-    A peer returns nothing, or the CPU seconds (float) of processes that nobody waited for, which are not seen from here.
-    One that raises is left out from then on, with its reason in `not_run`. `also(name, round)` is called after a
+    A peer returns nothing, or the CPU seconds (float) of processes that nobody waited for, which cannot be seen from
+    here. One that raises is left out from then on, with its reason in `not_run`. `also(name, round)` is called after a
     timed run, outside the measured time. With `quiet`, a sample in which others used more than this share of the
     machine is taken again, up to TRIES times, and the calmest is kept: there is no other way by the clock.
     """
