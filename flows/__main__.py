@@ -12,26 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pasnet.cli import call, overrides
-from pasnet.study import EMBEDDED, Study, check_datasets
+from pasnet.cli import call, study_arguments, study_of
+from pasnet.study import EMBEDDED, check_datasets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m flows", description="Raw videos to results table.")
-    parser.add_argument("--preset", default="smoke", help="smoke (minutes on a CPU) or full (the paper's size)")
-    parser.add_argument(
-        "--data", action="append", default=[], help="dataset folder, may be given again; default: synthetic"
-    )
-    parser.add_argument("--out", default="", help="default: runs/<preset>-<data>")
-    parser.add_argument("--tables", nargs="*", default=[])
-    parser.add_argument("--fusions", nargs="*", default=[])
-    parser.add_argument("--splits", nargs="*", type=int, default=[1])
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
-    parser.add_argument("--num-segments", type=int)
-    parser.add_argument("--eco-weights", default="")
-    parser.add_argument("--pose-weights", default="")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="such as optim.epochs=2")
+    study_arguments(parser, preset="smoke")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, as `pasnet plan`, and stop")
     return call(_run, parser.parse_args(argv))
 
 
@@ -40,19 +29,13 @@ def _run(arguments: argparse.Namespace) -> None:
 
     data = tuple(arguments.data) or (EMBEDDED,)
     name = "-".join(Path(source).name for source in data)
-    study = Study(  # every mistake that can be found without work is found here, before Prefect starts
-        data=data,
-        out=arguments.out or f"runs/{arguments.preset}-{name}",
-        preset=arguments.preset,
-        tables=tuple(arguments.tables),
-        fusions=tuple(arguments.fusions),
-        splits=tuple(arguments.splits),
-        seeds=tuple(arguments.seeds),
-        num_segments=arguments.num_segments,
-        eco_weights=arguments.eco_weights,
-        pose_weights=arguments.pose_weights,
-        overrides=overrides(arguments.set),
-    )
+    # every mistake that can be found without work is found here, before Prefect starts
+    study = study_of(arguments, data=data, out=f"runs/{arguments.preset}-{name}")
+    if arguments.dry_run:
+        from pasnet.planning import lines, plan
+
+        print("\n".join(lines(plan(study))))
+        return
     found = [scan(*find_dataset(Path(source))) for source in data if source != EMBEDDED]
     embedded = [(EMBEDDED, (1, 2, 3))] if EMBEDDED in data else []
     check_datasets(study, [*((dataset.name, dataset.usable_splits) for dataset in found), *embedded])

@@ -9,39 +9,40 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
-from pydantic import Field
 
 from flows.experiment import run_jobs
+from flows.parameters import Positive, PresetName, Seed, Split, Table, check
 from flows.prepare import prepare, videos
 from pasnet import tracking
 from pasnet.execute import StudyError, trainings_at_once
+from pasnet.planning import lines, plan
 from pasnet.results import collect, finish
 from pasnet.study import EMBEDDED, Shards, Study, check_datasets, jobs
 
-Table = Literal["table-1", "table-2", "table-3", "table-4", "table-5", "figure-2"]
 
-
-@flow(name="pasnet", task_runner=ThreadPoolTaskRunner(max_workers=8), log_prints=False, validate_parameters=True)
+# validate_parameters: `check` does it, in words
+@flow(name="pasnet", task_runner=ThreadPoolTaskRunner(max_workers=8), log_prints=False, validate_parameters=False)
 def pasnet(
     data: list[str] = [EMBEDDED],  # noqa: B006  Prefect shows the default in its form
     out: str = "runs/study",
-    preset: Literal["full", "smoke", "tiny"] = "full",
+    preset: PresetName = "full",
     tables: list[Table] | None = None,
     fusions: list[str] | None = None,
-    splits: list[Literal[1, 2, 3]] = [1],  # noqa: B006
-    seeds: list[int] = [0],  # noqa: B006
-    num_segments: Annotated[int, Field(ge=1)] | None = None,
+    splits: list[Split] = [1],  # noqa: B006
+    seeds: list[Seed] = [0],  # noqa: B006
+    num_segments: Positive | None = None,
     eco_weights: str = "",
     pose_weights: str = "",
     overrides: dict[str, Any] | None = None,
-    workers: Annotated[int, Field(ge=1)] = 2,
+    workers: Positive = 2,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Raw videos to results table.
 
@@ -58,20 +59,12 @@ def pasnet(
         pose_weights: OpenPose body checkpoint; empty means a random start.
         overrides: any setting of pasnet/config.py, such as {"optim.epochs": 2}.
         workers: shards that are packed at the same time, each with an ffmpeg of its own.
+        dry_run: show what would be done (trainings in order, work, hours, disk) and do nothing, as `pasnet plan`.
     """
-    study = Study(
-        data=tuple(data),
-        out=out,
-        preset=preset,
-        tables=tuple(tables or ()),
-        fusions=tuple(fusions or ()),
-        splits=tuple(splits),
-        seeds=tuple(seeds),
-        num_segments=num_segments,
-        eco_weights=eco_weights,
-        pose_weights=pose_weights,
-        overrides=overrides or {},
-    )
+    asked = check(locals())
+    study, workers = asked.study(), asked.workers
+    if asked.dry_run:
+        return show_plan(study)
     trainings_at_once()  # a bad value is better found before the videos are decoded
     seconds: dict[str, float] = {}
     with stage("videos", seconds):
@@ -99,6 +92,15 @@ def publish(
 ) -> str:
     """MLflow runs, results.json and RESULTS.md; returns the page."""
     return finish(study, shards, results, seconds, uri, flow_run_id=str(flow_run.id or ""))
+
+
+def show_plan(study: Study) -> dict[str, Any]:
+    """Prints the plan, and keeps it as an artifact of the run."""
+    planned = plan(study)
+    said = "\n".join(lines(planned))
+    print(said, flush=True)
+    create_markdown_artifact(f"```\n{said}\n```", key="plan", description="What the study would do")
+    return {"plan": planned}
 
 
 @contextmanager

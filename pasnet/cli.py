@@ -20,6 +20,7 @@ from pasnet.config import ConfigError
 
 if TYPE_CHECKING:
     from pasnet.experiments import Row
+    from pasnet.study import Study
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +46,7 @@ def call(run: Any, arguments: argparse.Namespace) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `pasnet list | head`; anything longer has not been finished
-        return 0 if run in (_list, _report) else 1
+        return 0 if run in (_list, _plan, _report) else 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         print(f"error: {place}{error.strerror or error}", file=sys.stderr)
@@ -91,6 +92,19 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="as JSON, for programs")
     listing.set_defaults(run=_list)
 
+    planned = commands.add_parser(
+        "plan", help="what a study would do: trainings in order, work, hours, disk; runs nothing"
+    )
+    study_arguments(planned, preset="full")
+    planned.add_argument(
+        "--clips-per-second",
+        type=float,
+        help="training rate of the paper's PAS-Net (best style, K = 8, 224 px), where none was measured",
+    )
+    planned.add_argument("--on", metavar="DEVICE", help="plan for another machine: a name in benchmarks/results/*.json")
+    planned.add_argument("--json", action="store_true", help="as JSON, for programs")
+    planned.set_defaults(run=_plan)
+
     train = commands.add_parser("train", help="one training; started again, it goes on where it was")
     train.add_argument("--config", type=Path, help="a config.json; else give --shards")
     train.add_argument("--shards", type=Path)
@@ -134,6 +148,51 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, default=Path("RESULTS.md"))
     report.set_defaults(run=_report)
     return parser
+
+
+def study_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
+    """The options that say which study: `study_of` reads them."""
+    parser.add_argument("--preset", default=preset, help=f"full (the paper's size) or smoke (CPU); default: {preset}")
+    parser.add_argument("--data", action="append", default=[], help="dataset folder, may be given again, or synthetic")
+    parser.add_argument("--out", default="", help="folder of everything that is written")
+    parser.add_argument("--tables", nargs="*", default=[], help="table-1 to table-5, figure-2; default: the preset's")
+    parser.add_argument("--fusions", nargs="*", default=[], help="styles as in Table II; default: the preset's")
+    parser.add_argument("--splits", nargs="*", type=int, default=[1])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--num-segments", type=int, help="K for every row instead of the paper's")
+    parser.add_argument("--eco-weights", default="")
+    parser.add_argument("--pose-weights", default="")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="such as optim.epochs=2")
+
+
+def study_of(arguments: argparse.Namespace, *, data: Sequence[str], out: str) -> Study:
+    """The study that was asked for; `data` and `out` where the command line has none. Raises ConfigError."""
+    from pasnet.study import Study
+
+    return Study(
+        data=tuple(arguments.data or data),
+        out=arguments.out or out,
+        preset=arguments.preset,
+        tables=tuple(arguments.tables),
+        fusions=tuple(arguments.fusions),
+        splits=tuple(arguments.splits),
+        seeds=tuple(arguments.seeds),
+        num_segments=arguments.num_segments,
+        eco_weights=arguments.eco_weights,
+        pose_weights=arguments.pose_weights,
+        overrides=overrides(arguments.set),
+    )
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from pasnet.planning import lines, plan
+
+    # without options, of the deployments "full-reproduction" and "smoke"
+    full = arguments.preset == "full"
+    data = ["data/ucf101", "data/hmdb51"] if full else ["synthetic"]
+    study = study_of(arguments, data=data, out="runs/full-reproduction" if full else "runs/smoke-synthetic")
+    found = plan(study, clips_per_second=arguments.clips_per_second, on=arguments.on)
+    print(json.dumps(found, indent=1) if arguments.json else "\n".join(lines(found)))
 
 
 def _track_parser(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from pasnet.config import FUSION_TITLES
+from pasnet.experiments import QUESTIONS
 from pasnet.tracking import client
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,10 +194,21 @@ def test_the_deployment_runs_through_a_server_and_a_worker(
     deployed = prefect(server, "--no-prompt", "deploy", "--all", timeout=120)
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
     listed = prefect(server, "deployment", "ls").stdout
-    assert "pasnet/full-reproduction" in listed and "pasnet/smoke" in listed
+    for name in ("full-reproduction", "smoke", *QUESTIONS):
+        assert f"pasnet/{name}" in listed
 
     refused = prefect(server, "deployment", "run", "pasnet/full-reproduction", "--param", "num_segments=0")
     assert refused.returncode != 0 and "num_segments" in refused.stdout + refused.stderr
+
+    absent = prefect(
+        server, "deployment", "run", "pasnet/table-5", "--param", 'data=["nowhere"]', "--watch", timeout=200
+    )
+    assert absent.returncode != 0 and not (tmp_path / "out").exists()
+    assert "data: there is no folder nowhere" in (tmp_path / "worker.log").read_text()
+
+    planned = prefect(server, "deployment", "run", "pasnet/table-1", "--param", "dry_run=true", "--watch", timeout=200)
+    assert planned.returncode == 0, planned.stdout[-2000:] + (tmp_path / "worker.log").read_text()[-3000:]
+    assert "trainings, 0 of them done" in (tmp_path / "worker.log").read_text()
 
     parameters = {"preset": "tiny", "data": [str(videos)], "out": str(tmp_path / "out"), "tables": ["table-2"]}
     given = [word for name, value in parameters.items() for word in ("--param", f"{name}={json.dumps(value)}")]

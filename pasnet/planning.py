@@ -1,0 +1,447 @@
+"""What a study would do, before it does anything: its trainings in order, their work, their hours and the disk.
+
+Work is counted (pasnet/models/cost.py: a training clip costs three forward passes, one evaluated clip costs one). Hours
+are that work divided by a rate that was measured on the same kind of device, in a finished training of this study or
+by `make bench`; where there is no such measurement, there are no hours, and the plan says how to get them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pasnet.config import ConfigError, FusionConfig, ModelConfig, TrainConfig, from_dict
+from pasnet.experiments import DEFAULT_FUSION, TABLE_K
+from pasnet.study import EMBEDDED, Job, Shards, Study, check_datasets, dataset_for, jobs
+
+# Of the official lists: a study can be planned before 9 GB are downloaded.
+OFFICIAL: dict[str, tuple[int, int, dict[str, dict[str, int]]]] = {  # classes, videos, videos by split and subset
+    "ucf101": (
+        101,
+        13_320,
+        {
+            "split1": {"train": 9_537, "test": 3_783},
+            "split2": {"train": 9_586, "test": 3_734},
+            "split3": {"train": 9_624, "test": 3_696},
+        },
+    ),
+    "hmdb51": (51, 6_766, {f"split{split}": {"train": 3_570, "test": 1_530} for split in (1, 2, 3)}),
+}
+BACKWARD = 2  # forward passes that a backward pass costs, as torch's FLOP counter and the benchmarks count
+NO_MEASUREMENT = "no measurement for {device}; give --clips-per-second or run `make bench`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A dataset of the study as far as it is known before the study runs."""
+
+    shards: Shards
+    state: str  # "packed", "to be packed", "to be generated", "not there, official counts"
+    shard_bytes: int | None  # that the shards take or will take; None: not known without the videos
+
+    @property
+    def packed(self) -> bool:
+        """Whether the shards are there: only then can finished trainings be recognised."""
+        return self.state == "packed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """Work per second, measured with one network on the device that is planned for."""
+
+    fusion: str
+    needs_pose: bool
+    num_segments: int
+    width: float
+    input_size: int
+    form: str  # precision, and "freeze_pose" or "checkpoint_pose"
+    gmacs_per_second: float
+    source: str
+
+
+def plan(
+    study: Study, *, clips_per_second: float | None = None, on: str | None = None, benchmarks: Path | None = None
+) -> dict[str, Any]:
+    """The whole plan, ready for JSON; nothing is written and nothing is trained.
+
+    `clips_per_second` is a training rate of the paper's PAS-Net (its best style, K = 8, 224 px), from which all others
+    are scaled by their work; `on` names the device that is planned for, else this machine's; `benchmarks` is the folder
+    of measurements, else that of the checkout. Raises what the study itself would raise before it starts.
+    """
+    from pasnet.costing import RESULTS, hardware
+
+    if clips_per_second is not None and not 0 < clips_per_second < math.inf:
+        raise ConfigError(f"clips_per_second must be above 0, got {clips_per_second}")
+    found = sources(study)
+    check_datasets(study, [(of.shards.dataset, of.shards.splits) for of in found])
+    names = [of.shards.dataset for of in found]
+    used = {name for row in study.rows if (name := dataset_for(row, names)) is not None}
+    found = [of for of in found if of.shards.dataset in used]
+    by_name = {of.shards.dataset: of for of in found}
+    made = jobs(study, [of.shards for of in found])
+    device = on or hardware()
+    if clips_per_second is None:
+        rates = [
+            *rates_of_study(made, by_name, device, here=on is None),
+            *rates_of_benchmarks(device, RESULTS if benchmarks is None else benchmarks),
+        ]
+    else:
+        rates = [_given(clips_per_second)]
+    trainings = [_training(number, job, by_name, rates) for number, job in enumerate(made, 1)]
+    return {
+        "study": str(study.root),
+        "preset": study.preset,
+        "device": device,
+        "datasets": [_dataset(of) for of in found],
+        "rows": _rows(study, names),
+        "trainings": trainings,
+        "totals": _totals(trainings),
+        "disk": _disk(study, found, trainings),
+        **({} if rates else {"no_hours": NO_MEASUREMENT.format(device=device)}),
+    }
+
+
+def sources(study: Study) -> list[Source]:
+    """The study's datasets: their finished shards, else their videos, else, for a folder that is not there but is
+    called ucf101 or hmdb51, the official counts. Raises DatasetError for anything else."""
+    from shards import DecodeSettings, find_dataset, scan
+    from shards.pack import estimate_bytes
+
+    found = []
+    for source in study.data:
+        if source == EMBEDDED:
+            found.append(_packed(study, EMBEDDED) or _embedded(study))
+            continue
+        path = Path(source)
+        if not path.exists() and path.name in OFFICIAL:
+            classes, videos, subsets = OFFICIAL[path.name]
+            shards = _expected(path.name, classes, videos, subsets)
+            found.append(Source(shards=shards, state="not there, official counts", shard_bytes=None))
+            continue
+        dataset = scan(*find_dataset(path))
+        subsets = {
+            f"split{split}": {"train": dataset.count(split, "train"), "test": dataset.count(split, "test")}
+            for split in dataset.splits
+        }
+        made = _packed(study, dataset.name)
+        if made is None:
+            shards = _expected(dataset.name, len(dataset.class_names), len(dataset.videos), subsets)
+            size = estimate_bytes(dataset, DecodeSettings())
+            made = Source(shards=shards, state="to be packed", shard_bytes=size)
+        found.append(made)
+    return found
+
+
+def rates_of_study(made: Iterable[Job], by_name: Mapping[str, Source], device: str, *, here: bool) -> list[Rate]:
+    """What the finished trainings of this study did per second, their evaluations included, where they ran on the
+    device that is planned for."""
+    from pasnet.costing import hardware
+
+    found = []
+    for job in made:
+        try:
+            done = json.loads((Path(job.folder) / "done.json").read_text("utf-8"))
+            history = json.loads((Path(job.folder) / "history.json").read_text("utf-8"))
+            seconds = sum(record["seconds"] for record in history)
+        except (OSError, ValueError, KeyError):
+            continue
+        # a processor is recorded as "CPU", without its name
+        same = done.get("device") == device or (here and done.get("device") == "CPU" and hardware().endswith("cores"))
+        if not same or not seconds:
+            continue
+        train, evaluated = _clips_of_epoch(job.config, by_name[job.training.dataset].shards)
+        work = len(history) * _gmacs(job.config) * ((1 + BACKWARD) * train + evaluated)
+        found.append(_rate(job.config, work / seconds, f"{job.title}, a finished training of this study"))
+    return found
+
+
+def rates_of_benchmarks(device: str, folder: Path) -> list[Rate]:
+    """The training rows of every model-speed*.json in `folder` of that device, each network's best batch."""
+    from pasnet.models.cost import cost
+
+    best: dict[tuple[Any, ...], Rate] = {}
+    for path in sorted(folder.glob("model-speed*.json")):
+        content = json.loads(path.read_text("utf-8"))
+        if content.get("hardware") != device:
+            continue
+        for row in content.get("tables", {}).get("training", ()):
+            if not row.get("style") or row["form"] == "reference" or "clips_per_second" not in row:
+                continue
+            size = int(row.get("input_size", 224))
+            model = ModelConfig(num_classes=101, fusion=FusionConfig(style=row["style"]), width=row.get("width", 1.0))
+            work = (1 + BACKWARD) * cost(model, row["num_segments"], size).gmacs * row["clips_per_second"]
+            rate = Rate(
+                fusion=model.fusion.style,
+                needs_pose=model.needs_pose,
+                num_segments=row["num_segments"],
+                width=model.width,
+                input_size=size,
+                form=row["form"],
+                gmacs_per_second=work,
+                source=f"{path.name}: {model.fusion.style}, K={row['num_segments']}, {row['form']}",
+            )
+            key = (rate.fusion, rate.num_segments, rate.width, rate.form)
+            if key not in best or best[key].gmacs_per_second < work:
+                best[key] = rate
+    return list(best.values())
+
+
+def lines(plan: Mapping[str, Any]) -> list[str]:
+    """The plan for a terminal."""
+    said = [f"{plan['study']}: preset {plan['preset']}, on {plan['device']}"]
+    for of in plan["datasets"]:
+        splits = ", ".join(f"{name} {count['train']}/{count['test']}" for name, count in of["subsets"].items())
+        said.append(f"data: {of['dataset']}, {of['videos']} videos ({splits}), {of['state']}")
+    rows = plan["rows"]
+    said.append(
+        f"rows of the paper: {rows['run']} are run" + (f", {len(rows['not_run'])} are not" if rows["not_run"] else "")
+    )
+    said += [f"  not run: {of['row']}: {of['reason']}" for of in rows["not_run"]]
+    said.append("")
+    width = max(len(of["title"]) for of in plan["trainings"])
+    said.append(f"   #  {'training'.ljust(width)}  {'clips':>10} {'PFLOP':>10} {'hours':>8}  state")
+    for of in plan["trainings"]:
+        hours = "–" if of["hours"] is None else f"{of['hours']:.2f}"
+        clips = of["train_clips"] + of["evaluated_clips"]
+        said.append(
+            f"{of['number']:4}  {of['title'].ljust(width)}  {clips:10} {of['pflop']:10.2f} {hours:>8}  {of['state']}"
+        )
+    total = plan["totals"]
+    said.append("")
+    said.append(
+        f"{total['trainings']} trainings, {total['done']} of them done; left: {total['train_clips']} training clips, "
+        f"{total['evaluated_clips']} evaluated, {total['pflop']:.1f} PFLOP"
+    )
+    if total["hours"] is not None:
+        said.append(f"hours on one device: {total['hours']:.1f}, one training after the other")
+        said += [f"  measured by {source}" for source in total["measured_by"]]
+    if "no_hours" in plan:
+        said.append(f"hours: {plan['no_hours']}")
+    elif total["without_hours"]:
+        said.append(
+            f"  without {total['without_hours']} trainings, for whose precision or form there is no measurement"
+        )
+    disk = plan["disk"]
+    shards = " and ".join(
+        f"{of['dataset']} {'unknown, its videos are not there' if of['bytes'] is None else _size(of['bytes'])}"
+        for of in disk["shards"]
+    )
+    said.append(f"disk: shards {shards or 'are there'}; checkpoints {_size(disk['checkpoints'])}")
+    said.append(
+        f"  still to write {_size(disk['to_write'])}, free {_size(disk['free'])}"
+        + ("" if disk["enough"] else ": NOT ENOUGH")
+    )
+    return said
+
+
+# ---- details ----
+
+
+def _packed(study: Study, name: str) -> Source | None:
+    folder = study.root / "shards" / name
+    if not (folder / "manifest.json").is_file():
+        return None
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return Source(shards=Shards.of(folder), state="packed", shard_bytes=size)
+
+
+def _embedded(study: Study) -> Source:
+    from pasnet.synth import SynthConfig, clips, held_out
+
+    config = from_dict(SynthConfig, dict(study.size.synth))
+    groups = [clip.group for clip in clips(config)]
+    subsets = {}
+    for split in (1, 2, 3):
+        test = sum(group in held_out(config, split) for group in groups)
+        subsets[f"split{split}"] = {"train": len(groups) - test, "test": test}
+    shards = _expected(EMBEDDED, len(config.classes), len(groups), subsets)
+    return Source(shards=shards, state="to be generated", shard_bytes=None)
+
+
+def _expected(name: str, classes: int, videos: int, subsets: Mapping[str, Mapping[str, int]]) -> Shards:
+    return Shards(
+        dataset=name,
+        folder="",
+        digest="not packed yet",
+        num_classes=classes,
+        videos=videos,
+        frames=0,
+        failed=0,
+        decoded_with_errors=0,
+        missing=0,
+        subsets=subsets,
+    )
+
+
+def _clips_of_epoch(config: TrainConfig, of: Shards) -> tuple[int, int]:
+    """Clips that an epoch trains on, and that it evaluates."""
+    subset = of.subsets[f"split{config.data.split}"]
+    held = round(subset["train"] * config.data.held_out)
+    train = max(1, round((subset["train"] - held) * config.data.train_fraction))
+    return train, subset["test"] + held
+
+
+def _gmacs(config: TrainConfig) -> float:
+    from pasnet.models.cost import cost
+
+    return cost(config.model, config.data.num_segments, config.data.input_size).gmacs
+
+
+def _form(config: TrainConfig) -> str:
+    """As the benchmarks name it."""
+    if not config.model.needs_pose:
+        return config.precision
+    extra = ", freeze_pose" if config.optim.freeze_pose else ", checkpoint_pose" if config.optim.checkpoint_pose else ""
+    return config.precision + extra
+
+
+def _rate(config: TrainConfig, gmacs_per_second: float, source: str) -> Rate:
+    return Rate(
+        fusion=config.model.fusion.style,
+        needs_pose=config.model.needs_pose,
+        num_segments=config.data.num_segments,
+        width=config.model.width,
+        input_size=config.data.input_size,
+        form=_form(config),
+        gmacs_per_second=gmacs_per_second,
+        source=source,
+    )
+
+
+def _given(clips_per_second: float) -> Rate:
+    from pasnet.models.cost import cost
+
+    model = ModelConfig(num_classes=101, fusion=FusionConfig(style=DEFAULT_FUSION))
+    return Rate(
+        fusion=DEFAULT_FUSION,
+        needs_pose=True,
+        num_segments=TABLE_K,
+        width=1.0,
+        input_size=224,
+        form="",  # whatever it was, the user knows
+        gmacs_per_second=(1 + BACKWARD) * cost(model, TABLE_K).gmacs * clips_per_second,
+        source=f"you: {clips_per_second:g} training clips per second of {DEFAULT_FUSION}, K={TABLE_K}, 224 px",
+    )
+
+
+def _nearest(config: TrainConfig, rates: Sequence[Rate]) -> Rate | None:
+    """The measurement to scale from: of the same precision and form, then as like this network as there is."""
+    usable = [rate for rate in rates if rate.form in ("", _form(config))]
+
+    def distance(rate: Rate) -> tuple[Any, ...]:
+        sizes = ((rate.width, config.model.width), (rate.input_size, config.data.input_size))
+        return (
+            rate.needs_pose != config.model.needs_pose,  # the pose network's convolutions are large, ECO's are small
+            sum(abs(math.log(a / b)) for a, b in sizes),
+            rate.fusion != config.model.fusion.style,
+            abs(math.log(rate.num_segments / config.data.num_segments)),
+        )
+
+    return min(usable, key=distance, default=None)
+
+
+def _training(number: int, job: Job, by_name: Mapping[str, Source], rates: Sequence[Rate]) -> dict[str, Any]:
+    from pasnet.models.cost import cost
+
+    config, of = job.config, by_name[job.training.dataset]
+    costs = cost(config.model, config.data.num_segments, config.data.input_size)
+    train, evaluated = _clips_of_epoch(config, of.shards)
+    epochs, over = config.optim.epochs, _epochs_over(job) if of.packed else 0
+    done = of.packed and (Path(job.folder) / "done.json").is_file() and (Path(job.folder) / "last.pt").is_file()
+    judged = done and (Path(job.folder) / "evaluation" / "metrics.json").is_file()
+    left = 0 if done else epochs - over
+    train_clips = left * train
+    evaluated_clips = left * evaluated + (0 if judged else of.shards.subsets[f"split{config.data.split}"]["test"])
+    gmacs = costs.gmacs * ((1 + BACKWARD) * train_clips + evaluated_clips)
+    rate = _nearest(config, rates)
+    return {
+        "number": number,
+        "title": job.title,
+        "folder": job.folder if of.packed else None,  # its name holds the digest of the shards
+        "after": None if not job.parent else job.parent if of.packed else "its ECO finetune",
+        "state": "done"
+        if judged
+        else "to evaluate"
+        if done
+        else f"{over} of {epochs} epochs done"
+        if over
+        else "to do",
+        "epochs": epochs,
+        "train_clips": train_clips,
+        "evaluated_clips": evaluated_clips,
+        "pflop": round(2 * gmacs / 1e6, 4),
+        "hours": None if rate is None else round(gmacs / rate.gmacs_per_second / 3600, 4),
+        "measured_by": None if rate is None else rate.source,
+        # weights and momenta in fp32; batch norm's buffers are too small to count
+        "checkpoint_bytes": 8 * costs.parameters,
+        "checkpoint_there": over > 0 or done,
+    }
+
+
+def _epochs_over(job: Job) -> int:
+    try:
+        return len(json.loads((Path(job.folder) / "history.json").read_text("utf-8")))
+    except (OSError, ValueError):
+        return 0
+
+
+def _dataset(of: Source) -> dict[str, Any]:
+    shards = of.shards
+    return {
+        "dataset": shards.dataset,
+        "state": of.state,
+        "classes": shards.num_classes,
+        "videos": shards.videos,
+        "subsets": {name: dict(count) for name, count in shards.subsets.items()},
+        "shard_bytes": of.shard_bytes,
+    }
+
+
+def _rows(study: Study, names: Sequence[str]) -> dict[str, Any]:
+    absent = [row for row in study.rows if dataset_for(row, names) is None]
+    return {
+        "run": len(study.rows) - len(absent),
+        "not_run": [{"row": row.name, "reason": f"no {row.dataset} in this study"} for row in absent],
+    }
+
+
+def _totals(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    hours = [of["hours"] for of in trainings if of["hours"] is not None]
+    return {
+        "trainings": len(trainings),
+        "done": sum(of["state"] == "done" for of in trainings),
+        "train_clips": sum(of["train_clips"] for of in trainings),
+        "evaluated_clips": sum(of["evaluated_clips"] for of in trainings),
+        "pflop": round(sum(of["pflop"] for of in trainings), 3),
+        "hours": round(sum(hours), 3) if hours else None,
+        "without_hours": len(trainings) - len(hours),
+        "measured_by": list(dict.fromkeys(of["measured_by"] for of in trainings if of["hours"])),
+    }
+
+
+def _disk(study: Study, found: Sequence[Source], trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    place = study.root.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    missing = [of for of in trainings if not of["checkpoint_there"]]
+    # a checkpoint is written beside the one that it replaces
+    scratch = max((of["checkpoint_bytes"] for of in trainings if of["state"] != "done"), default=0)
+    to_write = sum(of.shard_bytes or 0 for of in found if not of.packed)
+    to_write += sum(of["checkpoint_bytes"] for of in missing) + scratch
+    return {
+        "shards": [{"dataset": of.shards.dataset, "bytes": of.shard_bytes, "there": of.packed} for of in found],
+        "checkpoints": sum(of["checkpoint_bytes"] for of in trainings),
+        "to_write": to_write,
+        "free": free,
+        "enough": to_write <= free,
+    }
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
