@@ -30,6 +30,8 @@ from pasnet.models.pasnet import PASNet
 
 FOURIER_CHANNELS = 64  # below, a direct 7x7 convolution is so short that the transforms do not pay
 
+FRAMES = 8  # at a time on a CPU: enough rows for the Fourier tiles' matrix products
+
 
 def optimised(
     model: PASNet,
@@ -113,8 +115,17 @@ class InferencePASNet(nn.Module):
         """(B,K,3,H,W) -> (B,num_classes)."""
         if clips.dim() != 5 or clips.shape[2] != 3:
             raise ValueError(f"clips must be (B,K,3,H,W), got {tuple(clips.shape)}")
+        frames = clips.flatten(0, 1)
+        # A CPU takes a few frames at a time through the 2D networks: their maps stay in its caches
+        parts = (frames,) if frames.is_cuda else frames.split(FRAMES)
+        fused = torch.cat([self._maps(part) for part in parts])
+        stacked = fused.unflatten(0, clips.shape[:2]).transpose(1, 2)
+        return self.head(self.temporal(stacked).float())
+
+    def _maps(self, frames: Tensor) -> Tensor:
+        """(N,3,H,W) -> the fused maps (N,96w,H/8,W/8)."""
         pose_input, post = self.source
-        bgr = clips.flatten(0, 1).flip(1).to(self.dtype, memory_format=torch.channels_last)
+        bgr = frames.flip(1).to(self.dtype, memory_format=torch.channels_last)
         centred = bgr - self.get_buffer("mean")
         A = self.appearance(centred) if self.appearance is not None else None
         I, F, H = None, None, None  # noqa: E741
@@ -124,9 +135,8 @@ class InferencePASNet(nn.Module):
             if not post:
                 I, F = maps.implicit_pre_relu, maps.paf_feature_pre_relu  # noqa: E741
             H = maps.heatmaps
-        fused = self.fusion(A=A, I=I, F=F, H=H)
-        stacked = fused.unflatten(0, clips.shape[:2]).transpose(1, 2)
-        return self.head(self.temporal(stacked).float())
+        fused: Tensor = self.fusion(A=A, I=I, F=F, H=H)
+        return fused
 
 
 class FastAppearance(nn.Module):
