@@ -2,7 +2,8 @@
 
 A `Row` is one number of the paper: what to run and what the paper printed. Rows that need the same training share it
 (`trainings` counts 39 per split and seed). Numbers are percent on UCF-101 or HMDB-51, top-1 and top-5; None where the
-paper prints none. docs/paper.md holds the evidence for what the paper leaves open.
+paper prints none. STRATEGIES says what a network is trained on before, and with it what a training starts from.
+docs/paper.md holds the evidence for what the paper leaves open.
 """
 
 from __future__ import annotations
@@ -17,15 +18,47 @@ from pasnet.config import (
     ConfigError,
     ModelConfig,
     OptimConfig,
+    PoseTrainConfig,
     fusion_style,
 )
 
-Strategy = Literal["eco", "conventional", "twice-finetune"]
+Strategy = Literal["eco", "conventional", "recent", "twice-finetune"]
+Where = Literal["D0", "D1"]  # the set to learn from beforehand (the paper's Kinetics), and the target set
 DEFAULT_FUSION = "A+pool(I)+pool(F)"
 ENSEMBLE = (16, 20, 24, 28, 32)  # K of the five networks of Tables III and V, as in ECO
 
 # Table I and II are K = 8: their best, 91.37, is Table IV's 8-frame entry, and their baseline is ECO's 8-frame number.
 TABLE_K = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One training of a strategy: which network, on what, and what it keeps.
+
+    "w0": ECO and pose weights from elsewhere: public files; else our own ECO of D0 and our own pose network; else
+    random. On D0 itself nothing of ours for ECO, which is what comes out. Of the step before, "features" are all
+    weights but the head, whose classes are others, and "everything" the head, too (A14).
+    """
+
+    network: Literal["eco", "pas-net"]
+    on: Where
+    keeps: Literal["w0", "features", "everything"]
+
+
+STRATEGIES: dict[Strategy, tuple[Step, ...]] = {
+    "eco": (Step(network="eco", on="D1", keeps="w0"),),
+    "conventional": (Step(network="pas-net", on="D1", keeps="w0"),),
+    "recent": (
+        Step(network="pas-net", on="D0", keeps="w0"),
+        Step(network="pas-net", on="D1", keeps="features"),
+    ),
+    "twice-finetune": (
+        Step(network="eco", on="D1", keeps="w0"),
+        Step(network="pas-net", on="D1", keeps="everything"),
+    ),
+}
+_ALONE: dict[str, Strategy] = {"eco": "eco", "pas-net": "conventional"}  # a first step is this strategy, whole
+
 
 QUESTIONS = {  # one MLflow experiment per question
     "table-1": "pasnet/training-strategy",
@@ -34,6 +67,7 @@ QUESTIONS = {  # one MLflow experiment per question
     "table-4": "pasnet/frames",
     "table-5": "pasnet/sota",
     "figure-2": "pasnet/num-segments",
+    "strategies": "pasnet/training-strategy",  # rows of ours beside Table I
 }
 
 
@@ -58,20 +92,56 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """D0, the set to learn from beforehand. `num_segments` is the K of the ECO that w0 is taken from: one for all."""
+
+    dataset: str
+    num_segments: int = TABLE_K
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
-    """One network to train for a dataset, split and seed; equal trainings are the same training."""
+    """One network to train for a dataset, split and seed; equal trainings are the same training.
+
+    `source` is D0 where some of what comes before is trained on it, else None. A training on D0 itself (`on`) has none:
+    it starts from public weights, or at random.
+    """
 
     dataset: str
     fusion: str
     num_segments: int
     strategy: Strategy
+    source: Source | None = None
+    on: Where = "D1"
+
+    @property
+    def keeps(self) -> str:
+        """What it takes over of `parent`, or of public weights, as in Step."""
+        step = STRATEGIES[self.strategy][-1]
+        return "features" if step.keeps == "w0" and self.parent else step.keeps
 
     @property
     def parent(self) -> Training | None:
-        """Step 1 of twice-finetune: ECO on the target set with the same K."""
-        if self.strategy != "twice-finetune":
-            return None
-        return Training(dataset=self.dataset, fusion="A", num_segments=self.num_segments, strategy="eco")
+        """The training before this one: the strategy's step before the last; before a first step, ECO on D0, if there
+        is a D0 to take w0 from. Raises ConfigError for a strategy with a step on D0, without D0."""
+        steps, source = STRATEGIES[self.strategy], self.source
+        if len(steps) == 1:
+            if source is None or self.on == "D0":
+                return None
+            k = source.num_segments
+            return Training(dataset=source.dataset, fusion="A", num_segments=k, strategy="eco", on="D0")
+        before = steps[-2]
+        fusion, strategy = "A" if before.network == "eco" else self.fusion, _ALONE[before.network]
+        if before.on == "D1":
+            return dataclasses.replace(self, fusion=fusion, strategy=strategy)
+        if source is None:
+            raise ConfigError(
+                f"strategy {self.strategy} starts with a training on another set (D0); give one with pretrain, such as "
+                f"pretrain=synthetic"
+            )
+        return Training(
+            dataset=source.dataset, fusion=fusion, num_segments=self.num_segments, strategy=strategy, on="D0"
+        )
 
     @property
     def title(self) -> str:
@@ -216,20 +286,39 @@ def _ensembles() -> list[Row]:
     ]
 
 
+def _strategies() -> list[Row]:
+    """Table I's networks by the third strategy, for which our sources give no number: run where asked for by name."""
+    return [
+        Row(
+            table="strategies",
+            title=row.title,
+            dataset="ucf101",
+            fusion=row.fusion,
+            strategy="recent",
+            paper_top1=None,
+            remark="our own row beside Table I: our sources give the paper's number for the other two strategies alone",
+        )
+        for row in _table_1()
+        if row.strategy == "conventional"
+    ]
+
+
 ROWS: tuple[Row, ...] = (*_table_1(), *_table_2(), *_ensembles(), *_table_4(), *_figure_2())
+EXTRA_ROWS: tuple[Row, ...] = tuple(_strategies())  # not of the paper: not among "all", only by the name of their table
 
 
 def select_rows(
     tables: Sequence[str] = (), fusions: Sequence[str] = (), datasets: Sequence[str] = ()
 ) -> tuple[Row, ...]:
-    """The rows of some tables, styles and datasets; empty means all. Raises ConfigError for unknown names."""
+    """The rows of some tables, styles and datasets; empty means all of the paper's, which "strategies" is not among.
+    Raises ConfigError for unknown names."""
     for table in tables:
         if table not in QUESTIONS:
             raise ConfigError(f"unknown table {table!r} (one of: {', '.join(QUESTIONS)})")
     wanted = [fusion_style(fusion) for fusion in fusions]
     rows = tuple(
         row
-        for row in ROWS
+        for row in (*ROWS, *(EXTRA_ROWS if tables else ()))
         if (not tables or row.table in tables)
         and (not wanted or row.fusion in wanted)
         and (not datasets or row.dataset in datasets)
@@ -239,26 +328,29 @@ def select_rows(
     return rows
 
 
-def trainings_of(row: Row, dataset: str) -> tuple[Training, ...]:
+def trainings_of(row: Row, dataset: str, source: Source | None = None) -> tuple[Training, ...]:
     """The networks that a row's number comes from: one, or one per K of an ensemble."""
     return tuple(
-        Training(dataset=dataset, fusion=row.fusion, num_segments=k, strategy=row.strategy) for k in row.num_segments
+        Training(dataset=dataset, fusion=row.fusion, num_segments=k, strategy=row.strategy, source=source)
+        for k in row.num_segments
     )
 
 
-def trainings(rows: Iterable[Row]) -> tuple[Training, ...]:
+def trainings(rows: Iterable[Row], source: Source | None = None) -> tuple[Training, ...]:
     """Every distinct training that the rows need on their own datasets, parents first."""
-    return in_order(training for row in rows for training in trainings_of(row, row.dataset))
+    return in_order(training for row in rows for training in trainings_of(row, row.dataset, source))
 
 
 def in_order(wanted: Iterable[Training]) -> tuple[Training, ...]:
-    """Distinct trainings and their parents, ECO first: nothing comes before what it starts from."""
+    """Distinct trainings and all that they start from: D0 first, then ECO; nothing comes before its parent."""
     distinct: dict[Training, None] = {}
     for training in wanted:
-        if training.parent is not None:
-            distinct.setdefault(training.parent)
-        distinct.setdefault(training)
-    return tuple(sorted(distinct, key=lambda training: training.strategy != "eco"))
+        line: list[Training] = [training]
+        while (parent := line[-1].parent) is not None:
+            line.append(parent)
+        for each in reversed(line):
+            distinct.setdefault(each)
+    return tuple(sorted(distinct, key=lambda training: (training.on != "D0", training.strategy != "eco")))
 
 
 def micro_batch_for(num_segments: int) -> int:
@@ -291,6 +383,12 @@ class Preset:
     fusions: tuple[str, ...] = ()
     max_train_videos: int | None = None  # of a larger set, the same share of every class is used
     synth: dict[str, Any] = field(default_factory=dict)  # settings of the embedded dataset, pasnet/synth.py
+    # D0, where there is one. Its networks start from nothing of ours, and so want a recipe of their own.
+    pretrain: str = ""  # which it is unless the study says otherwise: "" none, "synthetic" the embedded one
+    d0_synth: dict[str, Any] = field(default_factory=dict)
+    d0_eco_optim: OptimConfig | None = None  # None: as eco_optim
+    d0_optim: OptimConfig | None = None  # of PAS-Net on D0, strategy "recent"; None: as optim
+    pose: PoseTrainConfig = field(default_factory=PoseTrainConfig)  # width and input size are the study's
 
 
 _TINY = OptimConfig(epochs=1, lr=0.01, batch=4, micro_batch=4, schedule="constant")
@@ -299,19 +397,21 @@ PRESETS: dict[str, Preset] = {
     # The paper's setting; the facts give no reason for other rates in the two finetunes.
     "full": Preset(width=1.0, input_size=224, num_segments=None, optim=OptimConfig(), eco_optim=OptimConfig()),
     # Minutes on two cores, from a random start: shows that every part works, not how good PAS-Net is. ECO has no
-    # Kinetics weights here, hence its 20 times higher rate and small batch; the pose network has no COCO weights, and
-    # the higher rate would undo what ECO has learnt.
+    # Kinetics weights here, hence its 5 times higher rate and small batch. (At 20 times, whether it learns at all hangs
+    # on the seed.)
     "smoke": Preset(
         width=0.125,
         input_size=112,
         num_segments=None,
         optim=OptimConfig(epochs=3, lr=0.005, batch=8, micro_batch=8, schedule="constant"),
-        eco_optim=OptimConfig(epochs=20, lr=0.02, batch=8, micro_batch=8, schedule="constant"),
+        eco_optim=OptimConfig(epochs=20, lr=0.005, batch=8, micro_batch=8, schedule="constant"),
         tables=("table-2",),
         fusions=("A", "Conv(A,I)", "A+pool(I)+pool(F)"),
         max_train_videos=130,
         synth={"num_classes": 6, "groups": 25, "frames": (24, 40), "difficulty": 0.0},
+        d0_synth={"num_classes": 6, "groups": 30, "frames": (24, 40), "difficulty": 0.0, "seed": 1001},
     ),
+    # @SCIENCE@
     # Seconds: for tests.
     "tiny": Preset(
         width=0.0625,
@@ -322,5 +422,7 @@ PRESETS: dict[str, Preset] = {
         tables=("table-2",),
         fusions=("A", "A+pool(I)+pool(F)"),
         synth={"num_classes": 3, "groups": 3, "frames": (6, 8)},
+        d0_synth={"num_classes": 3, "groups": 4, "frames": (6, 8), "seed": 1001},
+        pose=PoseTrainConfig(steps=3, batch=2, measure=4),
     ),
 }
