@@ -215,6 +215,40 @@ class TrainConfig:
             raise ConfigError(f"fusion {self.model.fusion.style} has no pose network for init.pose={self.init.pose}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PoseTrainConfig:
+    """A training of the pose network on joints that are known, pasnet/pose_train.py: the start that COCO would give."""
+
+    width: float = 0.125
+    input_size: int = 112
+    steps: int = 2000
+    batch: int = 16  # frames
+    lr: float = 1e-3  # of Adam: plain SGD moves 52 layers without normalisation only after a start from VGG
+    warmup: int = 50  # steps up to that rate; it then falls to nothing along a half cosine
+    clip_norm: float = 10.0
+    sigma: float = 7.0  # of a joint's Gaussian, pixels of the network's input, as in OpenPose's training
+    limb_width: float = 1.0  # half of a limb's, in cells of 8 pixels, as there
+    flip: bool = True
+    split: int = 1  # whose test list, groups of their own, the quality is measured on
+    measure: int = 400  # frames of it
+    seed: int = 0
+    checkpoint_steps: int = 200  # between checkpoints: what a killed run loses at most
+
+    def __post_init__(self) -> None:
+        if not 0 < self.width <= 1:
+            raise ConfigError(f"width must be in (0, 1], got {self.width}")
+        if self.input_size < 40 or self.input_size % 8:
+            raise ConfigError(f"input_size must be a multiple of 8 and at least 40, got {self.input_size}")
+        for name in ("steps", "batch", "measure", "checkpoint_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "clip_norm", "sigma", "limb_width"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.warmup < 0 or self.seed < 0:
+            raise ConfigError(f"warmup and seed must be at least 0, got {self.warmup} and {self.seed}")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as nested plain dictionaries, ready for JSON."""
     return dataclasses.asdict(config)

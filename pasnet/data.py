@@ -30,6 +30,8 @@ __all__ = [
     "Loader",
     "Planes",
     "ShardSet",
+    "View",
+    "centre",
     "held_out",
     "open_shards",
     "rgb_of_planes",

@@ -98,7 +98,7 @@ def read(path: Path) -> Checkpoint:
         raise WeightsError(f"{path}: a Git LFS pointer, not the file; fetch it with `git lfs pull`")
     raw: Mapping[str, Tensor]
     origin = None
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
+    if path.suffix == ".safetensors" or (path.suffix != ".caffemodel" and head[8:9] == b"{"):
         form, (raw, origin) = "safetensors", _read_safetensors(path)
     elif path.suffix == ".caffemodel" or head[:1] in (b"\n", b"\x12"):  # a name, or V1 layers
         form, raw = "caffe", _read_caffe(path)
@@ -348,9 +348,10 @@ def convert(inputs: Sequence[Path], kind: str, out: Path) -> Origin:
         given = " and ".join(f"{part.path} ({part.kind})" for part in parts)
         wanted = "a bninception and a c3d file" if kind == "eco-init" else f"one file of that kind, {KINDS[kind].title}"
         raise WeightsError(f"{given}: --kind {kind} wants {wanted}")
-    tensors = {name: tensors[name].contiguous() for name in sorted(tensors)}
     frames = {part.preprocessing for part in parts}
-    origin = Origin(
+    return write(
+        out,
+        tensors,
         kind=kind,
         source=tuple(name for part in parts for name in (part.origin.source if part.origin else (part.path.name,))),
         source_sha256=tuple(
@@ -360,6 +361,28 @@ def convert(inputs: Sequence[Path], kind: str, out: Path) -> Origin:
         ),
         licence="; ".join(dict.fromkeys(part.licence for part in parts)),
         preprocessing=frames.pop() if len(frames) == 1 else None,
+    )
+
+
+def write(
+    out: Path,
+    tensors: StateDict,
+    *,
+    kind: str,
+    source: tuple[str, ...],
+    source_sha256: tuple[str, ...],
+    licence: str,
+    preprocessing: Preprocessing | None,
+) -> Origin:
+    """Writes tensors under public names, and what they were made from, as the safetensors file `out`, whole or not at
+    all. Equal arguments give equal bytes."""
+    tensors = {name: tensors[name].contiguous() for name in sorted(tensors)}
+    origin = Origin(
+        kind=kind,
+        source=source,
+        source_sha256=source_sha256,
+        licence=licence,
+        preprocessing=preprocessing,
         tensors_sha256=_digest(tensors),
     )
     out.parent.mkdir(parents=True, exist_ok=True)

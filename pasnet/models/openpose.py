@@ -170,3 +170,14 @@ class BodyNet(nn.Module):
             if everything:
                 out = out._replace(pafs=self._maps(6, "L1", field))  # (N,38,28,28)
         return out
+
+    def stages(self, frames: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What every stage says, for a loss at each: six pairs of part affinity fields (N,38,h,w) and heat maps
+        (N,19,h,w). All layers run, also those that `unused` names."""
+        x = trunk = self._trunk(frames)
+        found = []
+        for stage in range(1, 7):
+            pafs, heat = (self._maps(stage, branch, relu(self._hidden(stage, branch, x))) for branch in ("L1", "L2"))
+            found.append((pafs, heat))
+            x = torch.cat([pafs, heat, trunk], dim=1)
+        return found
