@@ -143,9 +143,9 @@ def _parser() -> argparse.ArgumentParser:
 
     _track_parser(commands.add_parser("track", help="MLflow: send what a server that was away has not got"))
 
-    report = commands.add_parser("report", help="RESULTS.md from finished studies")
+    report = commands.add_parser("report", help="RESULTS.md and an HTML page from finished studies")
     report.add_argument("studies", type=Path, nargs="+", help="folders with a results.json")
-    report.add_argument("--out", type=Path, default=Path("RESULTS.md"))
+    report.add_argument("--out", type=Path, default=Path("RESULTS.md"), help="the HTML page lies beside it, as .html")
     report.set_defaults(run=_report)
     return parser
 
@@ -400,6 +400,7 @@ def _track_send(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from pasnet.page import html_page
     from pasnet.report import results_page
 
     studies = []
@@ -409,4 +410,6 @@ def _report(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{path}: missing; it is written when a study ends")
         studies.append(json.loads(path.read_text("utf-8")))
     arguments.out.write_text(results_page(studies), "utf-8")
-    print(arguments.out)
+    page = arguments.out.with_suffix(".html")
+    page.write_text(html_page(studies, arguments.studies), "utf-8")
+    print(f"{arguments.out}\n{page}")

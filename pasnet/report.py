@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pasnet.experiments import ROWS
 from pasnet.summary import protocol, summaries
 
 Record = dict[str, Any]
@@ -23,6 +24,11 @@ COLUMNS = (
 )
 SUMMARY_COLUMNS = ("row", "strategy", "dataset", "K", "paper", "ours, mean", "sd", "gap", "seeds", "runs", "hours")
 BEST, WORST = 3, 5  # classes that are named for a row
+# What a table of the paper holds beside its own networks. The numbers are not repeated: they are not at first hand.
+QUOTED = {
+    "table-3": "the other networks of Table III: their authors' numbers, as the paper quotes them",
+    "table-5": "the other networks of Table V: their authors' numbers, as the paper quotes them",
+}
 
 
 def results_page(studies: Sequence[dict[str, Any]]) -> str:
@@ -45,7 +51,7 @@ def summary_table(records: Iterable[Record]) -> str:
     head = ("table", "row", "strategy", "dataset", "K", "paper", "ours", "95 % interval", "gap")
     body = []
     for record in records:
-        cells = _cells(record)
+        cells = cells_of(record)
         body.append(
             (
                 record["table"],
@@ -66,31 +72,62 @@ def summary_table(records: Iterable[Record]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def _study_section(study: dict[str, Any]) -> list[str]:
-    records: list[Record] = study["results"]
-    done = [record for record in records if record["status"] == "done"]
-    lines = [f"## {study['title']}", ""]
+def about(study: dict[str, Any]) -> list[str]:
+    """Which data and networks a study's numbers are of, and what keeps them from the paper's; a sentence each."""
+    done = [record for record in study["results"] if record["status"] == "done"]
+    lines = []
     for of in study["shards"]:
         missing = f", {of['missing']} listed videos not on disk" if of["missing"] else ""
         failed = f", {of['failed']} could not be decoded" if of["failed"] else ""
         failed += f", {of['decoded_with_errors']} decoded with errors" if of["decoded_with_errors"] else ""
-        lines.append(f"- Data: **{of['dataset']}**, {of['videos']} videos, {of['frames']} frames{missing}{failed}.")
+        lines.append(f"Data: **{of['dataset']}**, {of['videos']} videos, {of['frames']} frames{missing}{failed}.")
     keys = ("width", "input_size", "start", "train_fraction", "device", "commit")
     for width, input_size, start, share, device, code in sorted({tuple(r[key] for key in keys) for r in done}):
         part = f" with {share:.0%} of the training videos" if share < 1 else ""
         size = f"**width {width:g}**, {input_size}x{input_size} input"
-        lines.append(f"- Network: {size}; {start}; trained on {device}{part}; commit `{code}`.")
+        lines.append(f"Network: {size}; {start}; trained on {device}{part}; commit `{code}`.")
     differs = list(dict.fromkeys(difference for record in done for difference in record["differs"]))
     if differs:
         lines.append(
-            "- **Not the paper's setting**: the gap says how far these numbers are from the paper's, not how good the "
+            "**Not the paper's setting**: the gap says how far these numbers are from the paper's, not how good the "
             f"reproduction is. What differs: {'; '.join(differs)}."
         )
+    return lines
+
+
+def not_run(study: dict[str, Any]) -> list[str]:
+    """What of the paper has no number of ours here, and why; what the paper itself quotes is said to be quoted."""
+    records: list[Record] = study["results"]
+    lines = []
+    for record in records:
+        if record["status"] != "done":
+            where = f"{record['paper_dataset']}, split {record['split']}, seed {record['seed']}"
+            row = f"{record['table']}, {record['title']}, {record['strategy']} ({where})"
+            lines.append(f"{row}: {record['status']}: {record['reason']}.")
+    asked = {(r["table"], r["title"], r["strategy"], r["paper_dataset"]) for r in records}
+    left: dict[str, list[str]] = {}
+    for of in ROWS:
+        if (of.table, of.title, of.strategy, of.dataset) not in asked:
+            left.setdefault(of.table, []).append(f"{of.title}, {of.strategy}, {of.dataset}")
+    lines += [f"{table}: not asked for: {'; '.join(names)}." for table, names in left.items()]
+    lines += [f"{table}: quoted by the paper, not run: {what}." for table, what in QUOTED.items()]
+    return lines
+
+
+def quoted(record: Record) -> bool:
+    """Whether the paper's number is most likely not its own."""
+    return "quoted" in record["remark"]
+
+
+def _study_section(study: dict[str, Any]) -> list[str]:
+    records: list[Record] = study["results"]
+    done = [record for record in records if record["status"] == "done"]
+    lines = [f"## {study['title']}", "", *(f"- {line}" for line in about(study))]
     for table in dict.fromkeys(record["table"] for record in records):
         lines += ["", f"### {table}", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
         for record in (r for r in records if r["table"] == table):
-            cells = _cells(record)
+            cells = cells_of(record)
             where = f"{cells['dataset']}, {record['split']}, {record['seed']}"
             names = ("k", "paper", "ours", "interval", "gap", "best", "hours", "run")
             values = [record["title"], record["strategy"], where, *(cells[name] for name in names)]
@@ -99,6 +136,7 @@ def _study_section(study: dict[str, Any]) -> list[str]:
         lines += ["", *(f"- {title}: {remark}." for title, remark in remarks.items())] if remarks else []
         lines += _summary_tables([record for record in records if record["table"] == table], table)
         lines += _class_table([record for record in done if record["table"] == table], table)
+    lines += ["", "### Not run", "", *(f"- {_cell(line)}" for line in not_run(study))]
     return lines
 
 
@@ -110,26 +148,31 @@ def _summary_tables(records: Sequence[Record], table: str) -> list[str]:
         lines += ["", f"#### {table}: {name}", ""]
         lines += ["| " + " | ".join(SUMMARY_COLUMNS) + " |", "|---" * len(SUMMARY_COLUMNS) + "|"]
         for summary in (summary for summary in found if protocol(summary) == name):
-            paper = "–" if summary["paper_top1"] is None else f"{summary['paper_top1']:.2f}"
-            seeds = ", ".join(map(str, summary["seeds"]))
-            out = "; ".join(f"without {seed}: {reason}" for seed, reason in summary["left_out"].items())
-            values = [summary["title"], summary["strategy"], summary["dataset"]]
-            if summary["status"] != "done":
-                values += ["–", paper, f"{summary['status']}: no seed has all of them", "–", "–", out, "–", "–"]
-            else:
-                sd = summary["sd"]["top1"]
-                values += [
-                    summary["num_segments"],
-                    paper,
-                    f"{summary['mean']['top1']:.2f}",
-                    "–" if sd is None else f"{sd:.2f} over {summary['n']} {summary['sd_over']}",
-                    "–" if summary["gap"] is None else f"{summary['gap']:+.2f}",
-                    f"{seeds} ({out})" if out else seeds,
-                    str(summary["runs"]),
-                    f"{summary['seconds'] / 3600:.3f}",
-                ]
+            values = summary_cells(summary)
             lines.append("| " + " | ".join(_cell(value) for value in values) + " |")
     return lines
+
+
+def summary_cells(summary: Record) -> list[str]:
+    """One row of SUMMARY_COLUMNS."""
+    paper = "–" if summary["paper_top1"] is None else f"{summary['paper_top1']:.2f}"
+    seeds = ", ".join(map(str, summary["seeds"]))
+    out = "; ".join(f"without {seed}: {reason}" for seed, reason in summary["left_out"].items())
+    values = [summary["title"], summary["strategy"], summary["dataset"]]
+    if summary["status"] != "done":
+        return [*values, "–", paper, f"{summary['status']}: no seed has all of them", "–", "–", out, "–", "–"]
+    sd = summary["sd"]["top1"]
+    return [
+        *values,
+        summary["num_segments"],
+        paper,
+        f"{summary['mean']['top1']:.2f}",
+        "–" if sd is None else f"{sd:.2f} over {summary['n']} {summary['sd_over']}",
+        "–" if summary["gap"] is None else f"{summary['gap']:+.2f}",
+        f"{seeds} ({out})" if out else seeds,
+        str(summary["runs"]),
+        f"{summary['seconds'] / 3600:.3f}",
+    ]
 
 
 def _class_table(done: Sequence[Record], table: str) -> list[str]:
@@ -170,8 +213,10 @@ def _cell(text: str) -> str:
     return text.replace("|", "/")  # a bar would end the table's cell
 
 
-def _cells(record: Record) -> dict[str, str]:
+def cells_of(record: Record) -> dict[str, str]:
+    """A record's numbers as text."""
     paper = "–" if record["paper_top1"] is None else f"{record['paper_top1']:.2f}"
+    paper += " (quoted)" if quoted(record) else ""
     if record["status"] != "done":
         blank = dict.fromkeys(("interval", "gap", "best", "hours", "run"), "–")
         reason = _cell(f"{record['status']}: {record['reason']}")

@@ -200,6 +200,7 @@ def finish(
             "preset": study.preset,
             "prefect.flow_run_id": flow_run_id,
         },
+        "figure_3": _figure_3(records, study.root / "figures"),
         "tracking": place_of(tracking_uri),
         "results": records,
     }
@@ -247,9 +248,26 @@ def _send_rows(root: Path, tracking_uri: str) -> str:
     return f"{root}: {len(done)} rows are at {place_of(uri)}"
 
 
+def _figure_3(records: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
+    """Fig. 3 of the best PAS-Net row; {"reason": ...} where there is none."""
+    from pasnet.figures import best_pasnet, figure_3
+
+    best = best_pasnet(records)
+    if best is None:
+        return {"reason": "no finished row with a pose network"}
+    try:
+        return figure_3(best, out)
+    except Exception as error:  # of any kind: a picture must not cost a study its results
+        print(f"Fig. 3 is not drawn: {error}", file=sys.stderr)
+        return {"reason": f"{type(error).__name__}: {error}"}
+
+
 def _write(root: Path, content: dict[str, Any]) -> str:
-    """results.json and RESULTS.md; the page."""
+    """results.json, RESULTS.md and report.html; the page in Markdown."""
+    from pasnet.page import html_page
+
     (root / "results.json").write_text(json.dumps(content, indent=1), "utf-8")
+    (root / "report.html").write_text(html_page([content], [root]), "utf-8")
     page = results_page([content])
     (root / "RESULTS.md").write_text(page, "utf-8")
     return page

@@ -1,0 +1,290 @@
+"""The HTML report and its drawings: everything in it comes from records, and nothing from outside."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pasnet.charts import Bar, bars
+from pasnet.cli import main
+from pasnet.config import ModelConfig
+from pasnet.confusion import draw
+from pasnet.figures import best_pasnet, figure_2, figure_3, heat_maps, ours_of, pictures_of_table
+from pasnet.page import html_page
+from pasnet.predictions import ClassResult
+from pasnet.results import collect, finish
+from pasnet.study import Job, Shards, Study, jobs
+from pasnet.tracking import TrackingError
+
+COUNTS = {f"split{split}": {"train": 200, "test": 80} for split in (1, 2, 3)}
+UCF = (
+    Shards(
+        dataset="ucf101",
+        folder="/somewhere/ucf101",
+        digest="digest",
+        num_classes=101,
+        videos=280,
+        frames=28_000,
+        failed=0,
+        decoded_with_errors=0,
+        missing=0,
+        subsets=COUNTS,
+    ),
+)
+
+CLASSES = [
+    ClassResult(name=f"Class<{n}>", videos=20, top1=90 - n, top5=99, confused_with="Other", confused=n)
+    for n in range(5)
+]
+
+
+def finished(job: Job, top1: float) -> None:
+    """A training that is done, as far as a report looks."""
+    folder = Path(job.folder)
+    (folder / "evaluation").mkdir(parents=True)
+    numbers = {
+        "top1": top1,
+        "top5": 99.0,
+        "mean_class": top1,
+        "top1_low": top1 - 3,
+        "top1_high": top1 + 2,
+        "videos": 80,
+    }
+    (folder / "evaluation" / "metrics.json").write_text(json.dumps(numbers))
+    lines = ["class,videos,top1,top5,confused_with,confused"]
+    lines += [",".join(map(str, dataclasses.astuple(of))) for of in CLASSES]
+    (folder / "evaluation" / "per_class.csv").write_text("\n".join(lines))
+    names = [of.name for of in CLASSES]
+    draw(np.eye(5, dtype=int) * 20, names, "t", folder / "evaluation" / "confusion.png")
+    done = {"best_on_test": {"epoch": 1, "top1": top1 + 1}, "seconds": 7200, "device": "Some GPU", "commit": "abc1234"}
+    (folder / "done.json").write_text(json.dumps(done))
+    history = [{"epoch": n, "train_top1": 95 - 60 / n, "test_top1": top1 - 30 / n} for n in range(1, 41)]
+    (folder / "history.json").write_text(json.dumps(history))
+
+
+def content_of(study: Study, shards: tuple[Shards, ...] = UCF, failed: int | None = None) -> dict[str, Any]:
+    made = jobs(study, shards)
+    failures = {} if failed is None else {made[failed].folder: "loss is nan"}
+    for number, job in enumerate(made):
+        if job.folder not in failures:
+            k = job.config.data.num_segments
+            finished(job, 86 + 6 * (1 - 8 / k) + number % 5 - 0.37 * job.config.seed)
+    records = collect(study, shards, made, failures)
+    for record in records:
+        record["run"] = "0123456789abcdef" if record["status"] == "done" else None
+    return {
+        "title": "a study",
+        "shards": [dataclasses.asdict(of) for of in shards],
+        "seconds": {"videos": 1.0},
+        "tags": {"prefect.flow_run_id": "flow-1"},
+        "results": records,
+    }
+
+
+class Page(HTMLParser):
+    """What a browser would fetch, which elements are left open, and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.inner: list[str] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        of = dict(attrs)
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "srcset", "data")]
+        self.fetched += [of["href"] or ""] if tag != "a" and "href" in of else []
+        self.inner += [(of["href"] or "")[1:]] if tag == "a" else []
+        self.ids += [of["id"] or ""] if "id" in of else []
+        assert tag != "script" and not any(name.startswith("on") for name in of)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def test_the_page_stands_alone_and_has_every_number(tmp_path: Path) -> None:
+    study = Study(out=str(tmp_path), tables=("table-2", "table-4", "figure-2"), seeds=(0, 1))
+    content = content_of(study, failed=0)
+    text = html_page([content], [tmp_path])
+    page = Page(text)
+    assert not page.open and all(source.startswith("data:image/png;base64,") for source in page.fetched)
+    assert page.fetched and "url(" not in text and "@import" not in text
+    assert set(page.inner) <= set(page.ids) and len(set(page.ids)) == len(page.ids)
+    for record in content["results"]:
+        assert (f"{record['top1']:.2f}" if record["status"] == "done" else record["reason"]) in page.words
+    for needed in ("abc1234", "Some GPU", "01234567", "2.000", "flow-1", "90.20 (quoted)", "Class<4>", "What differs"):
+        assert needed in page.words
+    assert "failed: loss is nan" in page.words and "not run: no hmdb51 in this study" in page.words
+    assert "table-3: quoted by the paper, not run" in page.words
+    assert "table-1: not asked for: A, eco, ucf101; A + 1*1conv, conventional, ucf101" in page.words
+    assert "mean of 2 runs, standard deviation over seeds" in page.words
+    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(svg)
+
+
+def test_large_confusion_pictures_stay_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = content_of(Study(out=str(tmp_path), tables=("table-2",)))
+    assert len(Page(html_page([content], [tmp_path])).fetched) == 9
+    monkeypatch.setattr("pasnet.page.PICTURES_BYTES", 20_000)
+    page = Page(html_page([content], [tmp_path]))
+    assert 0 < len(page.fetched) < 9 and "Confusion matrix: confusion.png in the run's folder" in page.words
+
+
+def test_figure_2_has_the_printed_points_and_ours(tmp_path: Path) -> None:
+    study = Study(out=str(tmp_path), tables=("figure-2",))
+    content = content_of(study)
+    ucf, hmdb = figure_2(content["results"])
+    titles = re.findall(r"<title>(paper|ours)[^<]*, (\d+): ([\d.]+)</title>", ucf.svg())
+    assert [(k, value) for who, k, value in titles if who == "paper"] == [
+        ("8", "91.40"),
+        ("16", "93.20"),
+        ("32", "94.10"),
+    ]
+    ours = {r["num_segments"]: f"{r['top1']:.2f}" for r in content["results"] if r["status"] == "done"}
+    assert {k: value for who, k, value in titles if who == "ours"} == ours and len(ours) == 5
+    assert "ours" not in hmdb.svg() and "71.60" in hmdb.svg()  # not run: the paper's points alone
+
+
+def test_our_number_of_a_row_is_a_run_or_a_mean(tmp_path: Path) -> None:
+    content = content_of(Study(out=str(tmp_path), tables=("table-2",), fusions=("A",), seeds=(0, 1)))
+    both = content["results"]
+    one = ours_of(both[:1])
+    assert one and (one["top1"], one["low"], one["high"]) == (
+        both[0]["top1"],
+        both[0]["top1_low"],
+        both[0]["top1_high"],
+    )
+    mean = ours_of(both)
+    values = [record["top1"] for record in both]
+    assert mean and mean["top1"] == pytest.approx(np.mean(values), abs=1e-3)
+    assert mean["high"] - mean["top1"] == pytest.approx(np.std(values, ddof=1), abs=1e-3)
+    assert ours_of([{**both[0], "status": "failed"}]) is None
+
+
+def test_bars_end_where_the_numbers_say() -> None:
+    svg = bars(
+        "t", [Bar(label="a & b", paper=50.0, ours=100.0, low=90.0, high=100.0), Bar(label="c", paper=None, ours=None)]
+    ).svg()
+    widths = [float(width) for width in re.findall(r'<rect x="6" [^>]*width="([\d.]+)"', svg)]
+    assert len(widths) == 2 and widths[1] == pytest.approx(2 * widths[0], abs=0.2)
+    assert "a &amp; b" in svg and "not run" in svg
+    assert 'fill="#fff"' not in svg and 'fill="#fff"' in bars("t", []).svg(alone=True)
+
+
+def test_a_tables_pictures_are_files_of_their_own(tmp_path: Path) -> None:
+    content = content_of(Study(out=str(tmp_path), tables=("table-2", "figure-2")))
+    by_table = {name: [r for r in content["results"] if r["table"] == name] for name in ("table-2", "figure-2")}
+    assert set(pictures_of_table(by_table["table-2"])) == {"bars.svg", "training-curves.svg"}
+    made = pictures_of_table(by_table["figure-2"])
+    assert set(made) == {"bars.svg", "training-curves.svg", "figure-2.svg"}
+    for svg in made.values():
+        ElementTree.fromstring(svg)
+
+
+@pytest.fixture(scope="module")
+def trained(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pasnet.config import DataConfig, FusionConfig, OptimConfig, TrainConfig
+    from pasnet.train import train
+
+    out = tmp_path_factory.mktemp("trained")
+    config = TrainConfig(
+        model=ModelConfig(num_classes=3, fusion=FusionConfig(style="A+E*A"), width=0.0625),
+        data=DataConfig(shards=str(shard_folder), num_segments=2, input_size=48, workers=0),
+        optim=OptimConfig(epochs=1, lr=0.01, batch=4, micro_batch=4, schedule="constant"),
+        seed=3,
+    )
+    train(config, out)
+    return out
+
+
+def test_figure_3_shows_the_start_beside_the_end(trained: Path, shard_folder: Path, tmp_path: Path) -> None:
+    import torch
+
+    drawn = heat_maps(trained / "last.pt", shard_folder, tmp_path / "a.png")
+    assert len(drawn["clips"]) == 3 and drawn["original"] == "a random start: no pose weights were given"
+    assert drawn["last_layer"] == ""
+    picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"), int)
+    frame, before, after = (picture[30:254, 8 + 232 * n : 232 * (n + 1)] for n in range(3))
+    assert abs(before - frame).max() > 40 and abs(before - after).max() > 0
+    # a network that did not move has twice the same map: the original is the very start
+    state = torch.load(trained / "last.pt", weights_only=True)
+    from pasnet.checkpoints import model_of
+    from pasnet.models.pasnet import build
+
+    model = model_of(state)[1].model
+    torch.manual_seed(3)
+    state["model"] = build(model).state_dict()
+    torch.save(state, tmp_path / "start.pt")
+    heat_maps(tmp_path / "start.pt", shard_folder, tmp_path / "b.png", keys=drawn["clips"][1:2])
+    picture = np.asarray(Image.open(tmp_path / "b.png").convert("RGB"), int)
+    before, after = (picture[30:254, 8 + 232 * n : 232 * (n + 1)] for n in (1, 2))
+    assert abs(before - after).max() == 0
+    with pytest.raises(ValueError, match="nothing is no test clip of this split; it has such as"):
+        heat_maps(trained / "last.pt", shard_folder, tmp_path / "c.png", keys=["nothing"])
+
+
+def test_figure_3_is_drawn_once_for_a_training(trained: Path, shard_folder: Path, tmp_path: Path) -> None:
+    record = {"trainings": [str(trained)], "shard_digest": "d", "shards": str(shard_folder)}
+    record |= {"title": "t", "strategy": "s", "dataset": "synthetic", "split": 1, "seed": 3}
+    first = figure_3(record, tmp_path)
+    stamp = (tmp_path / "figure-3.png").stat().st_mtime_ns
+    assert figure_3(record, tmp_path) == first and (tmp_path / "figure-3.png").stat().st_mtime_ns == stamp
+    figure_3({**record, "shard_digest": "other"}, tmp_path)
+    assert (tmp_path / "figure-3.png").stat().st_mtime_ns != stamp
+
+
+def test_the_best_pasnet_is_one_network_with_a_pose() -> None:
+    def record(fusion: str, top1: float, trainings: int = 1, status: str = "done") -> dict[str, Any]:
+        return {"fusion": fusion, "top1": top1, "trainings": ["t"] * trainings, "status": status}
+
+    best = record("Conv(A,I)", 80.0)
+    records = [record("A", 95.0), record("I", 99.0, 5), record("I", 98.0, status="failed"), best, record("I", 70.0)]
+    assert best_pasnet(records) is best
+    assert best_pasnet([record("A", 95.0)]) is None
+
+
+def test_a_study_ends_with_both_pages_and_report_makes_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any, **__: Any) -> None:
+        raise TrackingError("the server is away")
+
+    monkeypatch.setattr("pasnet.results.send", away)
+    study = Study(out=str(tmp_path / "study"), tables=("table-2",), fusions=("A",))
+    content = content_of(study)
+    finish(study, UCF, content["results"], {}, "http://nowhere")
+    page = (tmp_path / "study" / "report.html").read_text("utf-8")
+    assert "no finished row with a pose network" in page
+    out = tmp_path / "all.md"
+    assert main(["report", str(tmp_path / "study"), "--out", str(out)]) == 0
+    assert out.with_suffix(".html").read_text("utf-8") == page
+    assert "### Not run" in out.read_text("utf-8") and "quoted by the paper, not run" in out.read_text("utf-8")
+
+
+def test_a_figure_3_that_cannot_be_drawn_costs_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pasnet.results.send", lambda *_, **__: [])
+    study = Study(out=str(tmp_path), tables=("table-2",), fusions=("I",))
+    content = content_of(study)
+    finish(study, UCF, content["results"], {}, "http://nowhere")  # there are no shards to draw from
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "Not drawn: ShardError" in page and f"{content['results'][0]['top1']:.2f}" in page
