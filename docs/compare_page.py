@@ -6,7 +6,6 @@ Serves RUN/mlflow.db on loopback for as long as headless Chromium takes. Not par
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -20,9 +19,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import quote
 
-from pasnet.tracking import client
+from pasnet.tracking import TrackingError, comparison
 
 EXPERIMENT = "pasnet/fusion"
 # Chromium resolves *.localhost to loopback. MLflow opens its Assistant, a quarter of the page, under the plain names.
@@ -47,23 +45,6 @@ FLAGS = [
 
 class RefusedError(Exception):
     """What stands in the way, in one line."""
-
-
-def runs_to_compare(database: Path) -> tuple[str, list[str]]:
-    """The experiment's id and the children of its newest table."""
-    if not database.is_file():
-        raise RefusedError(f"there is no {database}; make smoke writes one")
-    mlflow = client(f"sqlite:///{database}")
-    found = mlflow.get_experiment_by_name(EXPERIMENT)
-    if found is None:
-        raise RefusedError(f"no experiment {EXPERIMENT} in {database}")
-    ids, newest = [found.experiment_id], ["attributes.start_time DESC"]
-    tables = mlflow.search_runs(ids, "tags.kind = 'table'", order_by=newest, max_results=1)
-    wanted = f"tags.kind = 'row' and tags.`mlflow.parentRunId` = '{tables[0].info.run_id}'" if tables else ""
-    rows = mlflow.search_runs(ids, wanted, order_by=["attributes.start_time ASC"], max_results=100) if tables else []
-    if not rows:
-        raise RefusedError(f"experiment {EXPERIMENT} in {database} holds no table with rows")
-    return str(found.experiment_id), [row.info.run_id for row in rows]
 
 
 @contextmanager
@@ -144,13 +125,14 @@ def main() -> int:
         chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
         if chromium is None:
             raise RefusedError(f"none of {', '.join(CHROMIUM)} is installed; on Debian: apt-get install -y chromium")
-        experiment, runs = runs_to_compare(database)
+        if not database.is_file():
+            raise RefusedError(f"there is no {database}; make smoke writes one")
+        fragment, runs = comparison(f"sqlite:///{database}", EXPERIMENT, {})
         out.parent.mkdir(parents=True, exist_ok=True)
         out.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory() as temp, served(database, Path(temp) / "server.log") as address:
-            query = f"runs={quote(json.dumps(runs))}&experiments={quote(json.dumps([experiment]))}"
-            take(chromium, f"{address}/#/compare-runs?{query}", out, Path(temp) / "profile")
-    except RefusedError as refused:
+            take(chromium, f"{address}/{fragment}", out, Path(temp) / "profile")
+    except (RefusedError, TrackingError) as refused:
         print(f"error: {refused}", file=sys.stderr)
         return 2
     print(f"{len(runs)} runs of {EXPERIMENT} side by side: {out}")

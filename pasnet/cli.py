@@ -143,6 +143,18 @@ def _parser() -> argparse.ArgumentParser:
 
     _track_parser(commands.add_parser("track", help="MLflow: send what a server that was away has not got"))
 
+    compare = commands.add_parser(
+        "compare", help="MLflow's page that sets the rows of a table side by side: its address"
+    )
+    compare.add_argument("study", type=Path, help="folder of a study that has ended")
+    compare.add_argument("--table", default="table-2", help="default: table-2, the fusion styles")
+    compare.add_argument(
+        "--tracking-uri", default="", metavar="URI", help="default: MLFLOW_TRACKING_URI, or the study's"
+    )
+    compare.add_argument("--address", default="", metavar="URL", help="where MLflow's pages are, if not there")
+    compare.add_argument("--open", action="store_true", help="open it in the browser too")
+    compare.set_defaults(run=_compare)
+
     report = commands.add_parser("report", help="RESULTS.md and an HTML page from finished studies")
     report.add_argument("studies", type=Path, nargs="+", help="folders with a results.json")
     report.add_argument("--out", type=Path, default=Path("RESULTS.md"), help="the HTML page lies beside it, as .html")
@@ -397,6 +409,21 @@ def _track_send(arguments: argparse.Namespace) -> None:
     from pasnet.results import send
 
     print("\n".join(send(arguments.folders, arguments.tracking_uri)))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from pasnet.results import compare
+
+    page, rows, first = compare(arguments.study, arguments.table, arguments.tracking_uri, arguments.address)
+    print(
+        f"{rows} rows of {arguments.table} side by side" + (f"; first, in another terminal: {first}" if first else "")
+    )
+    print(page)
+    if arguments.open:
+        import webbrowser
+
+        if not webbrowser.open(page):
+            print("no browser to open it in", file=sys.stderr)
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -92,7 +92,7 @@ def _study(study: dict[str, Any], folder: Path, anchor: str, budget: int) -> tup
     records: list[Record] = study["results"]
     tables = list(dict.fromkeys(record["table"] for record in records))
     drawn = study.get("figure_3") or {}
-    places = [*((f"{anchor}-{table}", TITLES[table].split(":")[0]) for table in tables)]
+    places = [*((f"{anchor}-{table}", TITLES.get(table, table).split(":")[0]) for table in tables)]
     places += [(f"{anchor}-figure-3", "Fig. 3"), (f"{anchor}-not-run", "Not run")]
     body = [f'<h2 id="{anchor}">{escape(study["title"])}</h2>']
     body.append("<nav>" + "".join(f'<a href="#{place}">{escape(name)}</a>' for place, name in places) + "</nav>")
@@ -101,7 +101,7 @@ def _study(study: dict[str, Any], folder: Path, anchor: str, budget: int) -> tup
         body.append(f"<p{warn}>{_marked(line)}</p>")
     for table in tables:
         of = [record for record in records if record["table"] == table]
-        body.append(f'<h3 id="{anchor}-{table}">{escape(TITLES[table])}</h3>')
+        body.append(f'<h3 id="{anchor}-{table}">{escape(TITLES.get(table, table))}</h3>')
         body += _drawings(table, of)
         means, runs = _summaries(of), _runs(of)
         # with several runs a row, the means are what is read; on a phone each run is a card

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -121,23 +123,41 @@ def quoted(record: Record) -> bool:
 
 def _study_section(study: dict[str, Any]) -> list[str]:
     records: list[Record] = study["results"]
-    done = [record for record in records if record["status"] == "done"]
     lines = [f"## {study['title']}", "", *(f"- {line}" for line in about(study))]
     for table in dict.fromkeys(record["table"] for record in records):
-        lines += ["", f"### {table}", ""]
-        lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-        for record in (r for r in records if r["table"] == table):
-            cells = cells_of(record)
-            where = f"{cells['dataset']}, {record['split']}, {record['seed']}"
-            names = ("k", "paper", "ours", "interval", "gap", "best", "hours", "run")
-            values = [record["title"], record["strategy"], where, *(cells[name] for name in names)]
-            lines.append("| " + " | ".join(values) + " |")
-        remarks = {r["title"]: r["remark"] for r in records if r["table"] == table and r["remark"]}
-        lines += ["", *(f"- {title}: {remark}." for title, remark in remarks.items())] if remarks else []
-        lines += _summary_tables([record for record in records if record["table"] == table], table)
-        lines += _class_table([record for record in done if record["table"] == table], table)
+        lines += ["", *_table_section([record for record in records if record["table"] == table], table)]
     lines += ["", "### Not run", "", *(f"- {_cell(line)}" for line in not_run(study))]
     return lines
+
+
+def table_page(records: Sequence[Record], table: str) -> str:
+    """One table of a study, in Markdown."""
+    return "\n".join(_table_section(records, table)) + "\n"
+
+
+def table_csv(records: Sequence[Record]) -> str:
+    """One table of a study for programs, and for viewers that show CSV as a table."""
+    names = ["title", "strategy", "dataset", "split", "seed", "num_segments", "paper_top1", "top1", "top1_low"]
+    names += ["top1_high", "gap", "top5", "best_on_test", "seconds", "device", "commit", "status", "reason"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([record.get(name) for name in names] for record in records)
+    return text.getvalue()
+
+
+def _table_section(records: Sequence[Record], table: str) -> list[str]:
+    lines = [f"### {table}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for record in records:
+        cells = cells_of(record)
+        where = f"{cells['dataset']}, {record['split']}, {record['seed']}"
+        names = ("k", "paper", "ours", "interval", "gap", "best", "hours", "run")
+        values = [record["title"], record["strategy"], where, *(cells[name] for name in names)]
+        lines.append("| " + " | ".join(values) + " |")
+    remarks = {record["title"]: record["remark"] for record in records if record["remark"]}
+    lines += ["", *(f"- {title}: {remark}." for title, remark in remarks.items())] if remarks else []
+    lines += _summary_tables(records, table)
+    return lines + _class_table([record for record in records if record["status"] == "done"], table)
 
 
 def _summary_tables(records: Sequence[Record], table: str) -> list[str]:

@@ -28,9 +28,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from pasnet.config import ConfigError, digest
-from pasnet.journal import FILE, Event, Journal, epochs_of, last_run, numbers, place_of, progress, status_of, unsent
+from pasnet.journal import FILE, Event, Journal, epochs_of, last_run, numbers, place_of, progress, unsent
 from pasnet.machine import Load
 
 if TYPE_CHECKING:
@@ -586,12 +587,17 @@ def _reason(error: Exception, uri: str) -> str:
 
 
 def record_rows(
-    uri: str, results: Iterable[Mapping[str, Any]], *, experiments: Mapping[str, str], study: Mapping[str, str]
+    uri: str,
+    results: Iterable[Mapping[str, Any]],
+    *,
+    experiments: Mapping[str, str],
+    study: Mapping[str, str],
+    tables: Mapping[str, tuple[Mapping[str, str], Mapping[str, str]]] | None = None,
 ) -> dict[str, str]:
     """Writes a parent run per table and a child per result, unless a child with the same result is there already.
 
     `results` are the records of pasnet/results.py, `experiments` maps tables to experiment names, `study` holds tags
-    that all runs share. Returns {record id: child run id}.
+    that all runs share, `tables` the parents' tags and files ({name: text}). Returns {record id: child run id}.
     """
     mlflow = client(uri)
     children: dict[str, str] = {}
@@ -611,9 +617,40 @@ def record_rows(
             if child is None:
                 _end_broken(mlflow, experiment, tags)
             children[result["id"]] = child or _record(mlflow, experiment, parent, result, study)
-        mlflow.log_dict(parent, {"results": [dict(row) for row in rows]}, "results.json")
-        mlflow.set_terminated(parent)
+        about, files = (tables or {}).get(table, ({}, {}))
+        content = json.dumps({"results": [dict(row) for row in rows]})
+        _fill_parent(mlflow, parent, about, {**files, "results.json": content})
     return children
+
+
+def comparison(uri: str, experiment: str, tags: Mapping[str, str]) -> tuple[str, list[str]]:
+    """The rows of the newest table in an experiment whose run has these tags: the fragment of MLflow's address that
+    sets them side by side, and their run ids. Raises TrackingError where there are none."""
+    mlflow = client(uri)
+    found = mlflow.get_experiment_by_name(experiment)
+    if found is None:
+        raise TrackingError(f"no experiment {experiment} at {place_of(uri)}; a study that has ended writes it")
+    ids = [str(found.experiment_id)]
+    words = " and ".join(f"tags.`{name}` = '{value}'" for name, value in {**tags, "kind": "table"}.items())
+    tables = mlflow.search_runs(ids, words, order_by=["attributes.start_time DESC"], max_results=1)
+    wanted = f"tags.kind = 'row' and tags.`mlflow.parentRunId` = '{tables[0].info.run_id}'" if tables else ""
+    rows = mlflow.search_runs(ids, wanted, order_by=["attributes.start_time ASC"], max_results=100) if tables else []
+    runs = [str(row.info.run_id) for row in rows]
+    if not runs:
+        raise TrackingError(f"experiment {experiment} at {place_of(uri)} holds no such table with rows")
+    return f"#/compare-runs?runs={quote(json.dumps(runs))}&experiments={quote(json.dumps(ids))}", runs
+
+
+def _fill_parent(mlflow: MlflowClient, parent: str, tags: Mapping[str, str], files: Mapping[str, str]) -> None:
+    """Tags and files of a table's run; nothing is sent again that is there already."""
+    content = digest([dict(tags), dict(files)])
+    if mlflow.get_run(parent).data.tags.get("content") != content:
+        for name, text in files.items():
+            mlflow.log_text(parent, text, name)
+        for name, value in tags.items():
+            mlflow.set_tag(parent, name, value)
+        mlflow.set_tag(parent, "content", content)  # the last: with it, all of it is there
+    mlflow.set_terminated(parent)
 
 
 def _record(
@@ -628,7 +665,9 @@ def _record(
         "commit": result["commit"],
         **{name: str(result[name]) for name in ("table", "title", "strategy", "dataset", "split", "seed")},
         "paper_top1": str(result["paper_top1"]),
+        "protocol": f"split {result['split']}",  # the mean over splits is the parent's
         "shards.digest": result["shard_digest"],
+        **{f"weights.{part}": what for part, what in result.get("weights", {}).items()},
     }
     name = f"{result['title']}  {result['dataset']}/{result['split']}  K{result['num_segments']}  seed{result['seed']}"
     run: str = mlflow.create_run(experiment, run_name=name, tags=tags).info.run_id
