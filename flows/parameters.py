@@ -18,8 +18,8 @@ from pasnet.config import ConfigError
 from pasnet.planning import OFFICIAL
 from pasnet.study import EMBEDDED, Study
 
-Table = Literal["table-1", "table-2", "table-3", "table-4", "table-5", "figure-2"]
-PresetName = Literal["full", "smoke", "tiny"]
+Table = Literal["table-1", "table-2", "table-3", "table-4", "table-5", "figure-2", "strategies"]
+PresetName = Literal["full", "science", "smoke", "tiny"]
 Split = Literal[1, 2, 3]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
@@ -56,6 +56,7 @@ class Parameters(BaseModel):
     num_segments: Positive | None = None
     eco_weights: str = ""
     pose_weights: str = ""
+    pretrain: str = ""
     overrides: dict[str, Any] | None = None
     workers: Positive = 2
     dry_run: bool = False
@@ -92,6 +93,7 @@ class Parameters(BaseModel):
             num_segments=self.num_segments,
             eco_weights=self.eco_weights,
             pose_weights=self.pose_weights,
+            pretrain=self.pretrain,
             overrides=self.overrides or {},
         )
 

@@ -6,6 +6,7 @@ Prefect's cache would hash 13,320 videos per task and then believe in files that
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 
 import shards
-from pasnet.study import EMBEDDED, Shards, Study, make_synthetic
+from pasnet.study import D0_EMBEDDED, EMBEDDED, Shards, Study, make_synthetic
 from shards import Dataset, DecodeSettings
 from shards.pack import ShardPlan, check_owner, check_space, finished_part, write_notes
 
@@ -80,3 +81,22 @@ def prepare(study: Study, dataset: Dataset, workers: int) -> Shards:
         flush=True,
     )
     return done
+
+
+@task(task_run_name="videos of D0", cache_policy=NO_CACHE)
+def d0_videos(study: Study, workers: int) -> Dataset:
+    """The videos to learn from beforehand, under a name of their own; the embedded ones are generated first."""
+    if study.d0 == EMBEDDED:
+        root = make_synthetic(study, shards.ffmpeg_exe(), workers, d0=True)
+        return dataclasses.replace(shards.scan(*shards.find_dataset(root)), name=D0_EMBEDDED)
+    found = shards.scan(*shards.find_dataset(Path(study.d0)))
+    return dataclasses.replace(found, name=f"{found.name}-d0")
+
+
+def prepare_d0(study: Study, workers: int) -> Shards | None:
+    """The shards of D0, packed where `pretrain` names videos; None where the study has no D0."""
+    if not study.d0:
+        return None
+    if (Path(study.d0) / "manifest.json").is_file():
+        return Shards.of(Path(study.d0))
+    return prepare(study, d0_videos(study, workers), workers)

@@ -1,6 +1,7 @@
 """@flow(name="pasnet"): the study as a graph of tasks, on one screen.
 
     videos -> pack (one per shard) -> index -> train ECO -> train PAS-Net -> evaluate -> track -> report
+    with a D0 before that: its videos, shards, pose network, ECO (and, for strategy "recent", PAS-Net)
 
 Deployments of this one flow, with other parameters, are in prefect.yaml. `python -m flows` runs it without a server.
 """
@@ -19,12 +20,12 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.experiment import run_jobs
 from flows.parameters import Positive, PresetName, Seed, Split, Table, check
-from flows.prepare import prepare, videos
+from flows.prepare import prepare, prepare_d0, videos
 from pasnet import tracking
 from pasnet.execute import StudyError, trainings_at_once
 from pasnet.planning import lines, plan
 from pasnet.results import collect, finish
-from pasnet.study import EMBEDDED, Shards, Study, check_datasets, jobs
+from pasnet.study import EMBEDDED, Shards, Study, check_datasets, jobs, pose_job
 
 
 # validate_parameters: `check` does it, in words
@@ -40,6 +41,7 @@ def pasnet(
     num_segments: Positive | None = None,
     eco_weights: str = "",
     pose_weights: str = "",
+    pretrain: str = "",
     overrides: dict[str, Any] | None = None,
     workers: Positive = 2,
     dry_run: bool = False,
@@ -49,14 +51,16 @@ def pasnet(
     Args:
         data: dataset folders (videos/ and official split lists), or "synthetic" for the embedded set.
         out: folder for everything that is written; a second run in it does only what is missing.
-        preset: "full" is the paper's size, "smoke" minutes on a CPU, "tiny" seconds.
-        tables: table-1 .. table-5, figure-2; none means the preset's.
+        preset: "full" is the paper's size, "science" an hour on two cores, "smoke" minutes, "tiny" seconds.
+        tables: table-1 .. table-5, figure-2, and strategies (ours); none means the preset's.
         fusions: styles as in Table II; none means the preset's.
         splits: official splits to run.
         seeds: seeds to run.
         num_segments: K for every row instead of the paper's.
-        eco_weights: ECO-Lite Kinetics checkpoint; empty means a random start.
-        pose_weights: OpenPose body checkpoint; empty means a random start.
+        eco_weights: ECO-Lite Kinetics checkpoint; empty means our own from `pretrain`, else a random start.
+        pose_weights: OpenPose body checkpoint; empty means our own from `pretrain`, else a random start.
+        pretrain: a set to learn from beforehand (D0): "synthetic", or a folder of videos or shards; "none"; empty means
+            the preset's.
         overrides: any setting of pasnet/config.py, such as {"optim.epochs": 2}.
         workers: shards that are packed at the same time, each with an ffmpeg of its own.
         dry_run: show what would be done (trainings in order, work, hours, disk) and do nothing, as `pasnet plan`.
@@ -72,13 +76,14 @@ def pasnet(
         used = check_datasets(study, [(dataset.name, dataset.usable_splits) for dataset in datasets])
     with stage("shards", seconds):
         shards = [prepare(study, dataset, workers) for dataset in datasets if dataset.name in used]
-    todo = jobs(study, shards)
+        d0 = prepare_d0(study, workers)
+    todo, pose = jobs(study, shards, d0), pose_job(study, d0)
     uri = tracking.default_uri(study.root)
     with stage("training and evaluation", seconds):
-        failures = run_jobs(todo, uri)
+        failures = run_jobs(todo, uri, pose)
     with stage("tracking and report", seconds):
-        results = collect(study, shards, todo, failures)
-        page = publish(study, shards, results, seconds, uri)
+        results = collect(study, shards, todo, failures, d0)
+        page = publish(study, [*shards, *([d0] if d0 else [])], results, seconds, uri)
     create_markdown_artifact(page, key="results", description="Ours beside the paper's")
     if failures:
         first, reason = next(iter(failures.items()))

@@ -129,6 +129,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    pose = commands.add_parser("pose-train", help="our own start of the pose network, from the joints of pasnet synth")
+    pose.add_argument("--shards", type=Path, required=True)
+    pose.add_argument("--joints", type=Path, required=True, help="joints.parquet of the same videos")
+    pose.add_argument("--config", type=Path, help="a config.json of PoseTrainConfig; default: its defaults")
+    pose.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="such as width=0.25, steps=500")
+    pose.add_argument("--out", type=Path, required=True)
+    pose.set_defaults(run=_pose_train)
+
     evaluate = commands.add_parser("evaluate", help="test-list accuracy and saved predictions of a checkpoint")
     evaluate.add_argument("--checkpoint", type=Path, required=True)
     evaluate.add_argument("--shards", type=Path, required=True)
@@ -174,6 +182,9 @@ def study_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
     parser.add_argument("--num-segments", type=int, help="K for every row instead of the paper's")
     parser.add_argument("--eco-weights", default="")
     parser.add_argument("--pose-weights", default="")
+    parser.add_argument(
+        "--pretrain", default="", help="D0 to learn from beforehand: synthetic, a folder, none; default: the preset's"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="such as optim.epochs=2")
 
 
@@ -192,6 +203,7 @@ def study_of(arguments: argparse.Namespace, *, data: Sequence[str], out: str) ->
         num_segments=arguments.num_segments,
         eco_weights=arguments.eco_weights,
         pose_weights=arguments.pose_weights,
+        pretrain=arguments.pretrain,
         overrides=overrides(arguments.set),
     )
 
@@ -378,6 +390,27 @@ def _train(arguments: argparse.Namespace) -> None:
     ) as live:
         result = train(config, arguments.out, live.epoch)
     print(f"last epoch: test top-1 {result['last']['test_top1']:.2f} %  ({arguments.out / 'last.pt'})")
+
+
+def _pose_train(arguments: argparse.Namespace) -> None:
+    from pasnet.config import PoseTrainConfig, from_dict, replace
+    from pasnet.pose_train import WEIGHTS, train_pose
+
+    values: dict[str, Any] = {}
+    if arguments.config:
+        if not arguments.config.is_file():
+            raise ConfigError(f"{arguments.config}: no such file")
+        try:
+            values = json.loads(arguments.config.read_text("utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{arguments.config}: not JSON ({error})") from None
+    config = replace(from_dict(PoseTrainConfig, values), dict(overrides(arguments.set)))
+    found = train_pose(config, arguments.shards, arguments.joints, arguments.out)
+    print(
+        f"{arguments.out / WEIGHTS}: {100 * found['within_a_cell']:.1f} % of the visible joints of held-out groups "
+        f"within a cell; heat maps' L2 {found['heat_l2']:.4f} (of zeros {found['heat_l2_zero']:.4f}, of the mean "
+        f"{found['heat_l2_mean']:.4f})"
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

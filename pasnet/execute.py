@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from pasnet.config import ConfigError, to_dict
-from pasnet.study import Job
+from pasnet.study import Job, PoseJob
 
 
 class StudyError(RuntimeError):
@@ -58,6 +58,26 @@ def run_evaluation(job: Job) -> bool:
     command = ["evaluate", "--checkpoint", str(Path(job.folder) / "last.pt"), "--shards", job.config.data.shards]
     with training_slot() as slot:
         _run([*command, "--out", str(out)], Path(job.folder) / "evaluate.log", f"evaluate {job.title}", [slot])
+    return True
+
+
+def run_pose_training(job: PoseJob) -> bool:
+    """Trains our own pose network, going on from last.pt where there is one. False: it was done already."""
+    folder = Path(job.folder)
+
+    def done() -> bool:
+        return (folder / "quality.json").is_file() and Path(job.weights).is_file()
+
+    if done():
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    with training_slot() as slot, folder_lock(folder) as lock:
+        if done():
+            return False
+        request = folder / "request.json"
+        request.write_text(json.dumps(to_dict(job.config), indent=1), "utf-8")
+        command = ["pose-train", "--config", str(request), "--shards", job.shards, "--joints", job.joints]
+        _run([*command, "--out", str(folder)], folder / "pose.log", job.title, [slot, lock])
     return True
 
 

@@ -133,18 +133,20 @@ class Frames:
         # from pixels of the video to those of the stored frame; pixel 0 reaches from -0.5 to 0.5
         scale = np.array([shards.frame_size[1] / width, shards.frame_size[0] / height], np.float32)
         self.xy: Floats = (np.stack([column("x"), column("y")], 2).astype(np.float32) + 0.5) * scale - 0.5
-        keys = table["key"].to_pylist()
-        self.first: dict[str, int] = {}
+        first: dict[str, int] = {}
         count: dict[str, int] = {}
-        for place, key in enumerate(keys):
-            self.first.setdefault(key, place)
+        for place, key in enumerate(table["key"].to_pylist()):
+            first.setdefault(key, place)
             count[key] = count.get(key, 0) + 1
+        self.first: list[int] = []  # by row: where its frames start
         for key, frames in zip(shards.keys, shards.num_frames, strict=True):
-            if count.get(key) != frames:
+            name = key.rsplit("/", 1)[-1]  # the shards' keys have the class before them
+            if count.get(name) != frames:
                 raise ConfigError(
-                    f"{joints}: has {count.get(key, 0)} frames of {key}, {shards.folder} has {frames}; "
+                    f"{joints}: has {count.get(name, 0)} frames of {key}, {shards.folder} has {frames}; "
                     f"give the joints of the same videos"
                 )
+            self.first.append(first[name])
 
     def read(self, chosen: list[tuple[int, int, View]], config: PoseTrainConfig) -> tuple[Tensor, Tensor, Tensor]:
         """(row, frame, view) of each -> the network's input (N,3,S,S) and its targets, heat maps and fields."""
@@ -160,7 +162,7 @@ class Frames:
 
     def joints(self, row: int, frame: int, view: View, size: int) -> tuple[Floats, Bools]:
         """Joints of a frame in a view, as `in_view` gives them."""
-        place = self.first[self.shards.keys[row]] + frame
+        place = self.first[row] + frame
         return in_view(self.xy[place], self.visible[place], view, self.shards.frame_size, size)
 
 

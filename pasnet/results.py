@@ -11,20 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from pasnet import tracking, weights
-from pasnet.config import DataConfig, FusionConfig, ModelConfig, TrainConfig, digest, flatten, to_dict
+from pasnet.config import FUSION_TITLES, DataConfig, FusionConfig, ModelConfig, TrainConfig, digest, flatten, to_dict
 from pasnet.experiments import QUESTIONS, Row
 from pasnet.journal import place_of
 from pasnet.report import results_page
 from pasnet.study import Job, Shards, Study, dataset_for, trainings_for
 from pasnet.tracking import TrackingError, record_rows
 
-PATHS = ("data.shards", "init.parent")  # differ by place alone; the config that is kept as an artifact has them
+PATHS = (
+    "data.shards",
+    "init.parent",
+    "init.pretrained",
+)  # differ by place alone; the config that is kept as an artifact has them
 # settings in which a run may differ from our defaults and still be in the paper's setting
 FREE = ("model.num_classes", "data.shards", "data.split", "data.workers", "optim.micro_batch", "seed")
 
 
 def collect(
-    study: Study, shards: Sequence[Shards], made: Iterable[Job], failures: Mapping[str, str]
+    study: Study,
+    shards: Sequence[Shards],
+    made: Iterable[Job],
+    failures: Mapping[str, str],
+    d0: Shards | None = None,
 ) -> list[dict[str, Any]]:
     """One record per row x split x seed, made from what lies in the folders. A row that was not run, or one of whose
     trainings is in `failures` ({folder: reason}), says so instead of giving a number."""
@@ -35,7 +43,7 @@ def collect(
         of = next((of for of in shards if of.dataset == name), None)
         for split in study.splits:
             for seed in study.seeds:
-                members = [by_place[training, split, seed] for training in trainings_for(study, row, shards)]
+                members = [by_place[training, split, seed] for training in trainings_for(study, row, shards, d0)]
                 records.append(_result(study, row, of, split, seed, members, failures))
     return records
 
@@ -80,7 +88,7 @@ def _result(
     gap = None if row.paper_top1 is None else round(numbers["top1"] - row.paper_top1, 2)
     config, data = members[0].config, members[0].config.data
     parts = [("ECO", study.eco_weights)] + ([("pose", study.pose_weights)] if config.model.needs_pose else [])
-    start = ", ".join(f"{name} from {Path(path).name if path else 'a random start'}" for name, path in parts)
+    start = ", ".join(_starts(study, members[0]))
     return {
         **record,
         "status": "done",
@@ -135,12 +143,26 @@ def _result(
     }
 
 
+def _starts(study: Study, job: Job) -> list[str]:
+    """Where the weights of the first step come from, by network."""
+    source, random = job.training.source, "a random start"
+    own = source.dataset if source else ""
+    found = [("ECO", Path(study.eco_weights).name or own or random)]
+    if job.training.strategy == "recent":
+        found = [(FUSION_TITLES[job.training.fusion], own)]
+    if job.config.model.needs_pose:
+        pose = "our own pose network" if study.joints and not study.pose_weights else Path(study.pose_weights).name
+        found.append(("pose", pose or random))
+    return [f"{name} from {origin}" for name, origin in found]
+
+
 def _differences(row: Row, of: Shards, members: Sequence[Job], public_start: bool) -> list[str]:
     """What keeps a result from being one in the paper's setting, as far as our defaults are that setting."""
     found = [] if of.dataset == row.dataset else [f"{of.dataset} instead of {row.dataset}"]
     found += [f"{of.missing} listed videos missing"] if of.missing else []
     found += [f"{of.failed} videos could not be decoded"] if of.failed else []
-    found += [] if public_start else ["random start"]
+    own = members[0].training.source is not None
+    found += [] if public_start else ["w0 of our own, or random"] if own else ["random start"]
     pose = members[0].config.init.pose
     found += [] if not pose or weights.is_published(Path(pose), "pose") else ["pose weights are not the published ones"]
     for k, job in zip(row.num_segments, members, strict=True):

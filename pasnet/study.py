@@ -4,6 +4,7 @@
 result lies in a folder named by a digest of all that decides it, and a step whose result is there returns at once.
 
     out/data/<name>/                embedded synthetic videos
+    out/pose/<name>-<digest>/       our own pose network: pose.safetensors, quality.json, last.pt, pose.log
     out/shards/<dataset>/           shards (shards/README.md)
     out/trainings/<name>-<digest>/  one per training: config.json, last.pt, history.json, done.json, train.log,
                                     evaluation/{metrics.json, predictions.parquet, per_class.csv, confusion.png}
@@ -27,13 +28,31 @@ from pasnet.config import (
     FusionConfig,
     InitConfig,
     ModelConfig,
+    PoseTrainConfig,
     TrainConfig,
+    digest,
     from_dict,
     replace,
+    to_dict,
 )
-from pasnet.experiments import PRESETS, Preset, Row, Training, fitting, in_order, select_rows, trainings_of
+from pasnet.experiments import (
+    PRESETS,
+    STRATEGIES,
+    TABLE_K,
+    Preset,
+    Row,
+    Source,
+    Training,
+    fitting,
+    in_order,
+    select_rows,
+    trainings_of,
+)
 
 EMBEDDED = "synthetic"  # names the embedded dataset wherever a dataset folder is asked for
+NOTHING = "none"  # for `pretrain`: no D0, whatever the preset says
+# Weights from D0 stand in for public ones: there is one set of them, whatever splits and seeds D1 is run on.
+D0_SPLIT, D0_SEED = 1, 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +69,7 @@ class Study:
     num_segments: int | None = None  # K for every row instead of the paper's
     eco_weights: str = ""
     pose_weights: str = ""
+    pretrain: str = ""  # D0: EMBEDDED (another one, larger), a folder of videos or of shards, NOTHING; "": the preset's
     overrides: Mapping[str, Any] = field(default_factory=dict)  # such as {"optim.epochs": 2}
 
     def __post_init__(self) -> None:
@@ -66,10 +86,14 @@ class Study:
         for path in (self.eco_weights, self.pose_weights):
             if path and not Path(path).is_file():
                 raise ConfigError(f"{path}: no such weights file")
-        if self.k is not None and {row.table for row in self.rows} - {"table-1", "table-2"}:
+        if self.pretrain not in ("", EMBEDDED, NOTHING) and not Path(self.pretrain).is_dir():
+            raise ConfigError(
+                f"pretrain: no folder {self.pretrain}; give one of videos or of shards, {EMBEDDED} or {NOTHING}"
+            )
+        if self.k is not None and {row.table for row in self.rows} - {"table-1", "table-2", "strategies"}:
             raise ConfigError(
                 "num_segments replaces the paper's K, which tables 3, 4, 5 and figure 2 are about; "
-                "give it with tables table-1 and table-2"
+                "give it with tables table-1, table-2 and strategies"
             )
         for name in self.overrides:
             if name.startswith(
@@ -79,7 +103,7 @@ class Study:
             if name == "data.num_segments":
                 raise ConfigError("set K with num_segments, not with data.num_segments")
         for row in self.rows:  # every config that will be made, at the sizes that it will have
-            for training in in_order(self.at_k(trainings_of(row, row.dataset))):
+            for training in in_order(self.at_k(trainings_of(row, row.dataset, self.source(row, "-")))):
                 self.config_of(training, num_classes=2, shards="-", split=1, seed=0, parent="")
 
     @property
@@ -97,25 +121,60 @@ class Study:
         """The rows of the paper that were asked for."""
         return select_rows(self.tables or self.size.tables, self.fusions or self.size.fusions)
 
+    @property
+    def d0(self) -> str:
+        """Where D0 is, as `pretrain`; "" where the study has none, or no use for it."""
+        given = self.pretrain or self.size.pretrain
+        wanted = not self.eco_weights or self.needs_pose_weights or any(map(_needs_d0, self.rows))
+        return given if given != NOTHING and wanted else ""
+
+    @property
+    def needs_pose_weights(self) -> bool:
+        """Whether some row has a pose network, and nothing public to start it from."""
+        models = (FusionConfig(style=row.fusion) for row in self.rows)
+        return not self.pose_weights and any(ModelConfig(num_classes=1, fusion=each).needs_pose for each in models)
+
+    @property
+    def joints(self) -> Path | None:
+        """The joints.parquet of D0, which our own pose network is trained on; None where it has none."""
+        if self.d0 == EMBEDDED:
+            return self.root / "data" / D0_EMBEDDED / "joints.parquet"
+        path = Path(self.d0) / "joints.parquet"
+        return path if self.d0 and path.is_file() else None
+
+    def source(self, row: Row, dataset: str | None) -> Source | None:
+        """D0 as far as a row's trainings start from it; `dataset` is its name. Public ECO weights take its place, but
+        in a strategy with a step on D0."""
+        if dataset is None or not self.d0 or (self.eco_weights and not _needs_d0(row)):
+            return None
+        return Source(dataset=dataset, num_segments=self.k or TABLE_K)
+
     def at_k(self, trainings: Sequence[Training]) -> tuple[Training, ...]:
         """The same trainings at the study's own K, if it has one."""
         return tuple(trainings if self.k is None else (dataclasses.replace(t, num_segments=self.k) for t in trainings))
 
     def config_of(
-        self, training: Training, *, num_classes: int, shards: str, split: int, seed: int, parent: str
+        self, training: Training, *, num_classes: int, shards: str, split: int, seed: int, parent: str, pose: str = ""
     ) -> TrainConfig:
-        """The whole configuration of one training. `parent` is the checkpoint of step 1 of twice-finetune, or ""."""
+        """The whole configuration of one training. `parent` is the checkpoint of the training before it, `pose` our own
+        pose network's weights, which public ones take the place of; or ""."""
         size = self.size
         model = ModelConfig(num_classes=num_classes, fusion=FusionConfig(style=training.fusion), width=size.width)
-        optim = size.eco_optim if training.strategy == "eco" else size.optim
+        eco = training.strategy == "eco"
+        optim = size.eco_optim if eco else size.optim
+        if training.on == "D0":
+            optim = (size.d0_eco_optim if eco else size.d0_optim) or optim
+        before = FusionConfig(style=training.parent.fusion) if training.parent else None
+        has_pose = before is not None and ModelConfig(num_classes=1, fusion=before).needs_pose  # in what it starts from
         config = TrainConfig(
             model=model,
             data=DataConfig(shards=shards, split=split, num_segments=training.num_segments, input_size=size.input_size),
             optim=fitting(optim, model, training.num_segments),
             init=InitConfig(
                 eco="" if parent else self.eco_weights,
-                pose=self.pose_weights if model.needs_pose else "",
-                parent=parent,
+                pose=(self.pose_weights or pose) if model.needs_pose and not has_pose else "",
+                parent=parent if training.keeps == "everything" else "",
+                pretrained=parent if training.keeps == "features" else "",
             ),
             seed=seed,
         )
@@ -172,7 +231,8 @@ class Job:
     training: Training
     config: TrainConfig
     folder: str
-    parent: str  # folder of step 1 of twice-finetune, or ""
+    parent: str  # folder of the training that it starts from, or ""
+    pose: str = ""  # folder of the training of our own pose network, if it starts from that
 
     @property
     def title(self) -> str:
@@ -181,12 +241,42 @@ class Job:
         return f"{self.training.title}, {self.training.dataset} split {config.data.split}, seed {config.seed}"
 
 
-def make_synthetic(study: Study, ffmpeg: str, workers: int) -> Path:
-    """The folder of the embedded dataset's videos, generated where it is not complete."""
+@dataclass(frozen=True, kw_only=True)
+class PoseJob:
+    """The training of our own pose network on D0's joints."""
+
+    config: PoseTrainConfig
+    shards: str
+    joints: str
+    folder: str
+
+    title = "pose network"
+
+    @property
+    def weights(self) -> str:
+        """The file that init.pose takes."""
+        return str(Path(self.folder) / "pose.safetensors")
+
+
+D0_EMBEDDED = f"{EMBEDDED}-d0"
+
+
+def make_synthetic(study: Study, ffmpeg: str, workers: int, *, d0: bool = False) -> Path:
+    """The folder of the embedded dataset's videos, or of D0's, generated where it is not complete.
+
+    The two have no actor, place or motion in common: all of these are drawn from the seed. Raises ConfigError when
+    their seeds are one.
+    """
     from pasnet.synth import SynthConfig, generate
 
-    config = from_dict(SynthConfig, dict(study.size.synth))
-    return generate(study.root / "data" / EMBEDDED, config, ffmpeg=ffmpeg, workers=workers)
+    config = from_dict(SynthConfig, dict(study.size.d0_synth if d0 else study.size.synth))
+    if d0 and config.seed == from_dict(SynthConfig, dict(study.size.synth)).seed:
+        raise ConfigError(f"preset {study.preset}: d0_synth has the seed of synth, {config.seed}; give it another")
+    return generate(study.root / "data" / (D0_EMBEDDED if d0 else EMBEDDED), config, ffmpeg=ffmpeg, workers=workers)
+
+
+def _needs_d0(row: Row) -> bool:
+    return any(step.on == "D0" for step in STRATEGIES[row.strategy])
 
 
 def dataset_for(row: Row, names: Sequence[str]) -> str | None:
@@ -220,30 +310,66 @@ def check_datasets(study: Study, datasets: Sequence[tuple[str, Sequence[int]]]) 
     return used
 
 
-def trainings_for(study: Study, row: Row, shards: Sequence[Shards]) -> tuple[Training, ...]:
+def trainings_for(study: Study, row: Row, shards: Sequence[Shards], d0: Shards | None = None) -> tuple[Training, ...]:
     """The networks that a row needs here; none when the study has no dataset for it."""
     dataset = dataset_for(row, [of.dataset for of in shards])
     if dataset is None:
         return ()
-    return study.at_k(trainings_of(row, dataset))
+    return study.at_k(trainings_of(row, dataset, study.source(row, d0.dataset if d0 else None)))
 
 
-def jobs(study: Study, shards: Sequence[Shards]) -> tuple[Job, ...]:
-    """Every training that the study needs, parents first. Raises ConfigError as `check_datasets` does: videos that
-    could not be decoded may have emptied a subset."""
+def pose_job(study: Study, d0: Shards | None) -> PoseJob | None:
+    """The training of our own pose network; None where public weights take its place, or D0 has no joints."""
+    joints = study.joints
+    if d0 is None or joints is None or not study.needs_pose_weights:
+        return None
+    from pasnet.checkpoints import NUMERICS
+    from pasnet.pose_train import VERSION
+
+    size = {"width": study.size.width, "input_size": study.size.input_size}
+    size |= {name: value for key, name in SIZES.items() if (value := study.overrides.get(key)) is not None}
+    config: PoseTrainConfig = replace(study.size.pose, size)
+    name = f"{d0.dataset}-{digest([NUMERICS, VERSION, to_dict(config), d0.digest])}"
+    return PoseJob(config=config, shards=d0.folder, joints=str(joints), folder=str(study.root / "pose" / name))
+
+
+SIZES = {"model.width": "width", "data.input_size": "input_size"}  # the pose network's, where they are overridden
+
+
+def jobs(study: Study, shards: Sequence[Shards], d0: Shards | None = None) -> tuple[Job, ...]:
+    """Every training that the study needs, parents first; those on D0 once, whatever splits and seeds there are.
+
+    Raises ConfigError as `check_datasets` does, since videos that could not be decoded may have emptied a subset, and
+    for a D0 that is one of the datasets, or has no split 1.
+    """
     check_datasets(study, [(of.dataset, of.splits) for of in shards])
     by_name = {of.dataset: of for of in shards}
-    wanted = in_order(training for row in study.rows for training in trainings_for(study, row, shards))
+    if d0 is not None:
+        if d0.dataset in by_name or d0.digest in {of.digest for of in shards if of.folder}:
+            raise ConfigError(f"pretrain: {d0.folder} is {d0.dataset}, which the study runs on; D0 must be another set")
+        if D0_SPLIT not in d0.splits:
+            raise ConfigError(f"pretrain: {d0.dataset} has no train or no test videos in split {D0_SPLIT}")
+        by_name[d0.dataset] = d0
+    pose = pose_job(study, d0)
+    wanted = in_order(training for row in study.rows for training in trainings_for(study, row, shards, d0))
     made: dict[tuple[Training, int, int], Job] = {}
+
+    def place(training: Training, split: int, seed: int) -> tuple[Training, int, int]:
+        return (training, D0_SPLIT, D0_SEED) if training.on == "D0" else (training, split, seed)
+
     for split in study.splits:
         for seed in study.seeds:
             for training in wanted:
-                parent = made[training.parent, split, seed] if training.parent else None
-                made[training, split, seed] = _job(study, by_name[training.dataset], training, split, seed, parent)
+                at = place(training, split, seed)
+                if at not in made:
+                    parent = made[place(training.parent, split, seed)] if training.parent else None
+                    made[at] = _job(study, by_name[training.dataset], *at, parent, pose)
     return tuple(made.values())
 
 
-def _job(study: Study, of: Shards, training: Training, split: int, seed: int, parent: Job | None) -> Job:
+def _job(
+    study: Study, of: Shards, training: Training, split: int, seed: int, parent: Job | None, pose: PoseJob | None
+) -> Job:
     from pasnet.checkpoints import run_digest
 
     config = study.config_of(
@@ -253,11 +379,22 @@ def _job(study: Study, of: Shards, training: Training, split: int, seed: int, pa
         split=split,
         seed=seed,
         parent=str(Path(parent.folder) / "last.pt") if parent else "",
+        pose=pose.weights if pose else "",
     )
     train_videos, limit = of.subsets[f"split{split}"]["train"], study.size.max_train_videos
-    if limit is not None and train_videos > limit and "data.train_fraction" not in study.overrides:
+    if (
+        training.on == "D1"
+        and limit is not None
+        and train_videos > limit
+        and "data.train_fraction" not in study.overrides
+    ):
         config = replace(config, {"data.train_fraction": limit / train_videos})
-    identity = run_digest(config, of.digest, Path(parent.folder).name if parent else "")
+    # A name must not change when what it starts from comes to be: folders stand for files that are still to be made.
+    before = Path(parent.folder).name if parent else ""
+    own_pose = pose if pose and config.init.pose == pose.weights else None
+    named = {"init.pretrained": f"training {before}"} if config.init.pretrained else {}
+    named |= {"init.pose": f"pose {Path(own_pose.folder).name}"} if own_pose else {}
+    identity = run_digest(replace(config, named), of.digest, before if config.init.parent else "")
     slug = re.sub(r"[^a-z0-9]+", "-", f"{training.strategy} {training.fusion}".lower()).strip("-")
     name = f"{of.dataset}-s{split}-k{training.num_segments}-{slug}-seed{seed}-{identity}"
     return Job(
@@ -265,4 +402,5 @@ def _job(study: Study, of: Shards, training: Training, split: int, seed: int, pa
         config=config,
         folder=str(study.root / "trainings" / name),
         parent=parent.folder if parent else "",
+        pose=own_pose.folder if own_pose else "",
     )

@@ -18,7 +18,7 @@ from pasnet.config import (
     replace,
     to_dict,
 )
-from pasnet.experiments import PRESETS, QUESTIONS, ROWS, Row, in_order, select_rows, trainings, trainings_of
+from pasnet.experiments import EXTRA_ROWS, PRESETS, QUESTIONS, ROWS, Row, in_order, select_rows, trainings, trainings_of
 from pasnet.models.fusion import READS
 
 CONFIG = TrainConfig(model=ModelConfig(num_classes=5), data=DataConfig(shards="somewhere"))
@@ -82,8 +82,8 @@ class TestPaper:
         assert sum(training.strategy == "eco" for training in trainings(ROWS)) == 14
 
     def test_names_are_unique_and_tables_known(self) -> None:
-        assert len({row.name for row in ROWS}) == len(ROWS)
-        assert {row.table for row in ROWS} == set(QUESTIONS)
+        assert len({row.name for row in (*ROWS, *EXTRA_ROWS)}) == len(ROWS) + len(EXTRA_ROWS)
+        assert {row.table for row in (*ROWS, *EXTRA_ROWS)} == set(QUESTIONS)
 
     def test_parents_come_first(self) -> None:
         order = in_order(reversed([training for row in ROWS for training in trainings_of(row, row.dataset)]))
