@@ -45,7 +45,7 @@ table{border-collapse:collapse;width:100%;font-size:.88rem;margin:.6rem 0}
 th,td{padding:.32rem .5rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
 .wrap{overflow-x:auto}.wrap td,.wrap th{overflow-wrap:normal}
 th{font-weight:600;color:var(--soft)}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-tr.out td{color:var(--soft);font-style:italic}
+tr.out td{color:var(--soft);font-style:italic}tr.out td.n{white-space:normal}.cards td:first-child{min-width:9rem}
 figure{margin:1rem 0}figcaption{font-size:.88rem;color:var(--soft)}
 svg{display:block;width:100%;height:auto}.wide svg{max-width:38rem}
 .two{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr))}

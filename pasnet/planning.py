@@ -17,7 +17,18 @@ from typing import Any
 
 from pasnet.config import ConfigError, FusionConfig, ModelConfig, TrainConfig, from_dict
 from pasnet.experiments import DEFAULT_FUSION, TABLE_K
-from pasnet.study import EMBEDDED, Job, Shards, Study, check_datasets, dataset_for, jobs
+from pasnet.study import (
+    D0_EMBEDDED,
+    EMBEDDED,
+    Job,
+    PoseJob,
+    Shards,
+    Study,
+    check_datasets,
+    dataset_for,
+    jobs,
+    pose_job,
+)
 
 # Of the official lists: a study can be planned before 9 GB are downloaded.
 OFFICIAL: dict[str, tuple[int, int, dict[str, dict[str, int]]]] = {  # classes, videos, videos by split and subset
@@ -82,8 +93,11 @@ def plan(
     names = [of.shards.dataset for of in found]
     used = {name for row in study.rows if (name := dataset_for(row, names)) is not None}
     found = [of for of in found if of.shards.dataset in used]
+    d0 = source_of_d0(study)
+    before = d0.shards if d0 else None
+    made, pose = jobs(study, [of.shards for of in found], before), pose_job(study, before)
+    found += [d0] if d0 else []
     by_name = {of.shards.dataset: of for of in found}
-    made = jobs(study, [of.shards for of in found])
     device = on or hardware()
     if clips_per_second is None:
         rates = [
@@ -92,7 +106,9 @@ def plan(
         ]
     else:
         rates = [_given(clips_per_second)]
-    trainings = [_training(number, job, by_name, rates) for number, job in enumerate(made, 1)]
+    trainings = [_pose_training(pose, before.dataset, rates)] if pose and before else []
+    trainings += [_training(job, by_name, rates) for job in made]
+    trainings = [{"number": number, **of} for number, of in enumerate(trainings, 1)]
     return {
         "study": str(study.root),
         "preset": study.preset,
@@ -109,13 +125,10 @@ def plan(
 def sources(study: Study) -> list[Source]:
     """The study's datasets: their finished shards, else their videos, else, for a folder that is not there but is
     called ucf101 or hmdb51, the official counts. Raises DatasetError for anything else."""
-    from shards import DecodeSettings, find_dataset, scan
-    from shards.pack import estimate_bytes
-
     found = []
     for source in study.data:
         if source == EMBEDDED:
-            found.append(_packed(study, EMBEDDED) or _embedded(study))
+            found.append(_packed(study, EMBEDDED) or _embedded(EMBEDDED, study.size.synth))
             continue
         path = Path(source)
         if not path.exists() and path.name in OFFICIAL:
@@ -123,18 +136,19 @@ def sources(study: Study) -> list[Source]:
             shards = _expected(path.name, classes, videos, subsets)
             found.append(Source(shards=shards, state="not there, official counts", shard_bytes=None))
             continue
-        dataset = scan(*find_dataset(path))
-        subsets = {
-            f"split{split}": {"train": dataset.count(split, "train"), "test": dataset.count(split, "test")}
-            for split in dataset.splits
-        }
-        made = _packed(study, dataset.name)
-        if made is None:
-            shards = _expected(dataset.name, len(dataset.class_names), len(dataset.videos), subsets)
-            size = estimate_bytes(dataset, DecodeSettings())
-            made = Source(shards=shards, state="to be packed", shard_bytes=size)
-        found.append(made)
+        found.append(_of_videos(study, path))
     return found
+
+
+def source_of_d0(study: Study) -> Source | None:
+    """The set that is learnt from beforehand, if there is one."""
+    if not study.d0:
+        return None
+    if study.d0 == EMBEDDED:
+        return _packed(study, D0_EMBEDDED) or _embedded(D0_EMBEDDED, study.size.d0_synth)
+    if (Path(study.d0) / "manifest.json").is_file():
+        return _finished(Path(study.d0))
+    return _of_videos(study, Path(study.d0), "-d0")
 
 
 def rates_of_study(made: Iterable[Job], by_name: Mapping[str, Source], device: str, *, here: bool) -> list[Rate]:
@@ -207,15 +221,13 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
     said.append(f"   #  {'training'.ljust(width)}  {'clips':>10} {'PFLOP':>10} {'hours':>8}  state")
     for of in plan["trainings"]:
         hours = "–" if of["hours"] is None else f"{of['hours']:.2f}"
-        clips = of["train_clips"] + of["evaluated_clips"]
-        said.append(
-            f"{of['number']:4}  {of['title'].ljust(width)}  {clips:10} {of['pflop']:10.2f} {hours:>8}  {of['state']}"
-        )
+        clips, work = of["train_clips"] + of["evaluated_clips"], _pflop(of["pflop"])
+        said.append(f"{of['number']:4}  {of['title'].ljust(width)}  {clips:10} {work:>10} {hours:>8}  {of['state']}")
     total = plan["totals"]
     said.append("")
     said.append(
         f"{total['trainings']} trainings, {total['done']} of them done; left: {total['train_clips']} training clips, "
-        f"{total['evaluated_clips']} evaluated, {total['pflop']:.1f} PFLOP"
+        f"{total['evaluated_clips']} evaluated, {_pflop(total['pflop'])} PFLOP"
     )
     if total["hours"] is not None:
         said.append(f"hours on one device: {total['hours']:.1f}, one training after the other")
@@ -228,7 +240,7 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
         )
     disk = plan["disk"]
     shards = " and ".join(
-        f"{of['dataset']} {'unknown, its videos are not there' if of['bytes'] is None else _size(of['bytes'])}"
+        f"{of['dataset']} {'unknown until there are videos' if of['bytes'] is None else _size(of['bytes'])}"
         for of in disk["shards"]
     )
     said.append(f"disk: shards {shards or 'are there'}; checkpoints {_size(disk['checkpoints'])}")
@@ -244,22 +256,40 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
 
 def _packed(study: Study, name: str) -> Source | None:
     folder = study.root / "shards" / name
-    if not (folder / "manifest.json").is_file():
-        return None
+    return _finished(folder) if (folder / "manifest.json").is_file() else None
+
+
+def _finished(folder: Path) -> Source:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Source(shards=Shards.of(folder), state="packed", shard_bytes=size)
 
 
-def _embedded(study: Study) -> Source:
+def _of_videos(study: Study, path: Path, suffix: str = "") -> Source:
+    from shards import DecodeSettings, find_dataset, scan
+    from shards.pack import estimate_bytes
+
+    dataset = scan(*find_dataset(path))
+    name = dataset.name + suffix
+    subsets = {
+        f"split{split}": {"train": dataset.count(split, "train"), "test": dataset.count(split, "test")}
+        for split in dataset.splits
+    }
+    if (made := _packed(study, name)) is not None:
+        return made
+    shards = _expected(name, len(dataset.class_names), len(dataset.videos), subsets)
+    return Source(shards=shards, state="to be packed", shard_bytes=estimate_bytes(dataset, DecodeSettings()))
+
+
+def _embedded(name: str, synth: Mapping[str, Any]) -> Source:
     from pasnet.synth import SynthConfig, clips, held_out
 
-    config = from_dict(SynthConfig, dict(study.size.synth))
+    config = from_dict(SynthConfig, dict(synth))
     groups = [clip.group for clip in clips(config)]
     subsets = {}
     for split in (1, 2, 3):
         test = sum(group in held_out(config, split) for group in groups)
         subsets[f"split{split}"] = {"train": len(groups) - test, "test": test}
-    shards = _expected(EMBEDDED, len(config.classes), len(groups), subsets)
+    shards = _expected(name, len(config.classes), len(groups), subsets)
     return Source(shards=shards, state="to be generated", shard_bytes=None)
 
 
@@ -267,7 +297,7 @@ def _expected(name: str, classes: int, videos: int, subsets: Mapping[str, Mappin
     return Shards(
         dataset=name,
         folder="",
-        digest="not packed yet",
+        digest=f"{name}, not packed yet",
         num_classes=classes,
         videos=videos,
         frames=0,
@@ -345,7 +375,7 @@ def _nearest(config: TrainConfig, rates: Sequence[Rate]) -> Rate | None:
     return min(usable, key=distance, default=None)
 
 
-def _training(number: int, job: Job, by_name: Mapping[str, Source], rates: Sequence[Rate]) -> dict[str, Any]:
+def _training(job: Job, by_name: Mapping[str, Source], rates: Sequence[Rate]) -> dict[str, Any]:
     from pasnet.models.cost import cost
 
     config, of = job.config, by_name[job.training.dataset]
@@ -360,10 +390,9 @@ def _training(number: int, job: Job, by_name: Mapping[str, Source], rates: Seque
     gmacs = costs.gmacs * ((1 + BACKWARD) * train_clips + evaluated_clips)
     rate = _nearest(config, rates)
     return {
-        "number": number,
         "title": job.title,
         "folder": job.folder if of.packed else None,  # its name holds the digest of the shards
-        "after": None if not job.parent else job.parent if of.packed else "its ECO finetune",
+        "after": None if not job.parent else job.parent if of.packed else "the one that it starts from",
         "state": "done"
         if judged
         else "to evaluate"
@@ -374,12 +403,42 @@ def _training(number: int, job: Job, by_name: Mapping[str, Source], rates: Seque
         "epochs": epochs,
         "train_clips": train_clips,
         "evaluated_clips": evaluated_clips,
-        "pflop": round(2 * gmacs / 1e6, 4),
+        "pflop": round(2 * gmacs / 1e6, 7),
         "hours": None if rate is None else round(gmacs / rate.gmacs_per_second / 3600, 4),
         "measured_by": None if rate is None else rate.source,
         # weights and momenta in fp32; batch norm's buffers are too small to count
         "checkpoint_bytes": 8 * costs.parameters,
         "checkpoint_there": over > 0 or done,
+    }
+
+
+def _pose_training(job: PoseJob, dataset: str, rates: Sequence[Rate]) -> dict[str, Any]:
+    """Our own pose network's, which counts frames for clips."""
+    from pasnet.models.cost import cost
+
+    def model(style: str) -> ModelConfig:
+        return ModelConfig(num_classes=2, fusion=FusionConfig(style=style), width=job.config.width)
+
+    size = job.config.input_size
+    with_pose, without = cost(model(DEFAULT_FUSION), 1, size), cost(model("A"), 1, size)
+    done, frames = Path(job.weights).is_file(), job.config.steps * job.config.batch
+    frames, measured = (0, 0) if done else (frames, job.config.measure)
+    gmacs = (with_pose.gmacs - without.gmacs) * ((1 + BACKWARD) * frames + measured)
+    usable = [rate for rate in rates if rate.needs_pose and rate.form in ("", "fp32")]
+    rate = min(usable, key=lambda rate: abs(math.log(rate.width / job.config.width)), default=None)
+    return {
+        "title": f"pose network, {dataset}, {job.config.steps} steps of {job.config.batch} frames",
+        "folder": job.folder if done else None,
+        "after": None,
+        "state": "done" if done else "to do",
+        "epochs": 1,
+        "train_clips": frames,
+        "evaluated_clips": measured,
+        "pflop": round(2 * gmacs / 1e6, 7),
+        "hours": None if rate is None else round(gmacs / rate.gmacs_per_second / 3600, 4),
+        "measured_by": None if rate is None else rate.source,
+        "checkpoint_bytes": 12 * (with_pose.parameters - without.parameters),  # weights, and two moments of Adam
+        "checkpoint_there": done,
     }
 
 
@@ -417,7 +476,7 @@ def _totals(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "done": sum(of["state"] == "done" for of in trainings),
         "train_clips": sum(of["train_clips"] for of in trainings),
         "evaluated_clips": sum(of["evaluated_clips"] for of in trainings),
-        "pflop": round(sum(of["pflop"] for of in trainings), 3),
+        "pflop": round(sum(of["pflop"] for of in trainings), 6),
         "hours": round(sum(hours), 3) if hours else None,
         "without_hours": len(trainings) - len(hours),
         "measured_by": list(dict.fromkeys(of["measured_by"] for of in trainings if of["hours"])),
@@ -441,6 +500,10 @@ def _disk(study: Study, found: Sequence[Source], trainings: Sequence[Mapping[str
         "free": free,
         "enough": to_write <= free,
     }
+
+
+def _pflop(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def _size(count: int) -> str:

@@ -236,7 +236,7 @@ def _cell(text: str) -> str:
 def cells_of(record: Record) -> dict[str, str]:
     """A record's numbers as text."""
     paper = "–" if record["paper_top1"] is None else f"{record['paper_top1']:.2f}"
-    paper += " (quoted)" if quoted(record) else ""
+    paper += " (quoted)" if quoted(record) and record["paper_top1"] is not None else ""
     if record["status"] != "done":
         blank = dict.fromkeys(("interval", "gap", "best", "hours", "run"), "–")
         reason = _cell(f"{record['status']}: {record['reason']}")

@@ -11,10 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from pasnet import tracking, weights
-from pasnet.config import FUSION_TITLES, DataConfig, FusionConfig, ModelConfig, TrainConfig, digest, flatten, to_dict
+from pasnet.config import (
+    FUSION_TITLES,
+    ConfigError,
+    DataConfig,
+    FusionConfig,
+    ModelConfig,
+    TrainConfig,
+    digest,
+    flatten,
+    to_dict,
+)
 from pasnet.experiments import QUESTIONS, Row
 from pasnet.journal import place_of
-from pasnet.report import results_page
+from pasnet.report import results_page, table_csv, table_page
 from pasnet.study import Job, Shards, Study, dataset_for, trainings_for
 from pasnet.tracking import TrackingError, record_rows
 
@@ -23,6 +33,7 @@ PATHS = (
     "init.parent",
     "init.pretrained",
 )  # differ by place alone; the config that is kept as an artifact has them
+NOTE = 8000  # characters; MLflow's limit for a tag
 # settings in which a run may differ from our defaults and still be in the paper's setting
 FREE = ("model.num_classes", "data.shards", "data.split", "data.workers", "optim.micro_batch", "seed")
 
@@ -88,12 +99,15 @@ def _result(
     gap = None if row.paper_top1 is None else round(numbers["top1"] - row.paper_top1, 2)
     config, data = members[0].config, members[0].config.data
     parts = [("ECO", study.eco_weights)] + ([("pose", study.pose_weights)] if config.model.needs_pose else [])
-    start = ", ".join(_starts(study, members[0]))
+    starts = _starts(study, members[0])
+    start = ", ".join(starts)
+    origins = dict(each.split(" from ", 1) for each in starts)
     return {
         **record,
         "status": "done",
         "id": f"{row.name} split{split} seed{seed} {digest([[Path(job.folder).name for job in members], numbers])}",
         "start": start,
+        "weights": {name.lower(): _weights_hash(path, origins.get(name, start)) for name, path in parts},
         "differs": _differences(row, of, members, all(path for _, path in parts)),
         "width": config.model.width,
         "input_size": data.input_size,
@@ -154,6 +168,11 @@ def _starts(study: Study, job: Job) -> list[str]:
         pose = "our own pose network" if study.joints and not study.pose_weights else Path(study.pose_weights).name
         found.append(("pose", pose or random))
     return [f"{name} from {origin}" for name, origin in found]
+
+
+def _weights_hash(path: str, start: str) -> str:
+    """Which public weights a network started from, whatever their file is called; without them, what it says itself."""
+    return f"sha256:{weights.sha256_of(Path(path))}" if path else start
 
 
 def _differences(row: Row, of: Shards, members: Sequence[Job], public_start: bool) -> list[str]:
@@ -257,7 +276,8 @@ def _send_rows(root: Path, tracking_uri: str) -> str:
         return f"{root}: its rows are not sent; run the study again, which sends them"
     done = [record for record in content["results"] if record["status"] == "done"]
     try:
-        runs = record_rows(uri, done, experiments=QUESTIONS, study=content["tags"])
+        tables = _parents(content["results"])
+        runs = record_rows(uri, done, experiments=QUESTIONS, study=content["tags"], tables=tables)
     except Exception as error:  # of any kind: MLflow's, SQLAlchemy's, the network's
         reason = str(error).replace(uri, place_of(uri))
         raise TrackingError(
@@ -268,6 +288,60 @@ def _send_rows(root: Path, tracking_uri: str) -> str:
         record["run"] = runs[record["id"]]
     _write(root, content)
     return f"{root}: {len(done)} rows are at {place_of(uri)}"
+
+
+def compare(root: Path, table: str, tracking_uri: str = "", address: str = "") -> tuple[str, int, str]:
+    """Where MLflow sets the rows of a study's table side by side: the page's address, how many rows, and what has to be
+    done before it answers ("" for a server that is there already).
+
+    `address` is where a server answers that this cannot know of. Raises ConfigError for a folder without results and
+    for a table that is none, TrackingError where MLflow has no such rows.
+    """
+    written = Path(root) / "results.json"
+    if table not in QUESTIONS:
+        raise ConfigError(f"unknown table {table!r} (one of: {', '.join(QUESTIONS)})")
+    if not written.is_file():
+        raise ConfigError(
+            f"{written}: missing; give the folder of a study that has ended, such as runs/smoke-synthetic"
+        )
+    content = json.loads(written.read_text("utf-8"))
+    local = Path(root) / "mlflow.db"
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or content.get("tracking", "")
+    if uri.startswith("sqlite") and local.is_file():
+        uri = tracking.default_uri(root)  # the folder may have been moved since
+    if not uri:
+        raise ConfigError(f"{written}: does not say where it was tracked; give --tracking-uri")
+    fragment, runs = tracking.comparison(uri, QUESTIONS[table], {"study": content["tags"]["study"], "table": table})
+    served = uri.startswith("http")
+    base = address or (uri if served else "http://127.0.0.1:5000")
+    hint = "" if served or address else f"make serve RUN={root}"
+    return f"{base.rstrip('/')}/{fragment}", len(runs), hint
+
+
+def _parents(records: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, str], dict[str, str]]]:
+    """Tags and files of each table's run: {table: (tags, {file name: text})}."""
+    from pasnet.figures import pictures_of_table
+
+    found = {}
+    for table in dict.fromkeys(record["table"] for record in records):
+        of = [record for record in records if record["table"] == table]
+        done = [record for record in of if record["status"] == "done"]
+        splits = sorted({record["split"] for record in of})
+        rows = dict.fromkeys((record["title"], record["strategy"], record["paper_top1"]) for record in of)
+        tags = {
+            "protocol": f"mean over splits {', '.join(map(str, splits))}" if len(splits) > 1 else f"split {splits[0]}",
+            "paper_top1": "; ".join(f"{title}, {strategy}: {top1}" for title, strategy, top1 in rows),
+            "shards.digest": ", ".join(sorted({record["shard_digest"] for record in done})),
+            "commit": ", ".join(sorted({record["commit"] for record in done})),
+        }
+        for part in sorted({part for record in done for part in record["weights"]}):
+            tags[f"weights.{part}"] = ", ".join(sorted({r["weights"][part] for r in done if part in r["weights"]}))
+        page = table_page(of, table)
+        if len(page) <= NOTE:
+            tags["mlflow.note.content"] = page  # MLflow shows it, set as a table, on the run's first page
+        files = {"table.md": page, "table.csv": table_csv(of), **pictures_of_table(of)}
+        found[table] = (tags, files)
+    return found
 
 
 def _figure_3(records: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:

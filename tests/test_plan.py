@@ -115,3 +115,17 @@ def test_rows_without_a_dataset_are_named() -> None:
     assert planned["rows"]["run"] == 1
     assert planned["rows"]["not_run"][0]["reason"] == "no hmdb51 in this study"
     assert "not run: table-5/hmdb51" in "\n".join(lines(planned))
+
+
+def test_a_set_to_learn_from_beforehand_is_planned_once_and_first() -> None:
+    planned = plan(Study(preset="tiny", pretrain="synthetic", splits=(1, 2)), clips_per_second=1.0)
+    titles = [of["title"] for of in planned["trainings"]]
+    assert titles[0].startswith("pose network, synthetic-d0, ") and planned["trainings"][0]["pflop"] > 0
+    assert [title.split(", ")[3] for title in titles[1:]] == [
+        "synthetic-d0 split 1",
+        *["synthetic split 1"] * 2,
+        *["synthetic split 2"] * 2,
+    ]
+    assert {of["dataset"] for of in planned["datasets"]} == {"synthetic", "synthetic-d0"}
+    alone = plan(Study(preset="tiny", pretrain="none", splits=(1, 2)), clips_per_second=1.0)
+    assert len(alone["trainings"]) == 4
