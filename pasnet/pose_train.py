@@ -31,7 +31,7 @@ from torch import Tensor
 from pasnet import weights
 from pasnet.config import ConfigError, DataConfig, PoseTrainConfig, digest, to_dict
 from pasnet.data import ShardSet, View, centre, open_shards, train_view
-from pasnet.models.openpose import BodyNet
+from pasnet.models.openpose import MAPS, BodyNet, stage_layers
 from pasnet.registry import OPENPOSE
 from pasnet.synth import JOINTS
 
@@ -181,6 +181,9 @@ def train_pose(config: PoseTrainConfig, shards_folder: Path, joints: Path, out: 
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     net = BodyNet(config.width).requires_grad_(True)  # also the layers that no fusion style reads
+    for stage in range(1, 7):  # OpenPose's own start for what makes the maps: near nothing, which most of a map is
+        for branch in MAPS:
+            torch.nn.init.normal_(net.get_submodule(stage_layers(stage, branch)[-1][0]).weight, std=0.01)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in models/pasnet.py
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
     step, losses, seconds = 0, [], 0.0
