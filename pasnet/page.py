@@ -25,6 +25,7 @@ TITLES = {
     "table-4": "Table IV: number of frames",
     "table-5": "Table V: ensemble on HMDB-51",
     "figure-2": "Fig. 2: accuracy by number of segments",
+    "strategies": "Strategies: ours, not the paper's",
 }
 PICTURE_BYTES, PICTURES_BYTES = 250_000, 6_000_000  # of a confusion picture, and of all of them, that are put inside
 STYLE = """

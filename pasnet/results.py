@@ -334,8 +334,9 @@ def _parents(records: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, str
             "shards.digest": ", ".join(sorted({record["shard_digest"] for record in done})),
             "commit": ", ".join(sorted({record["commit"] for record in done})),
         }
-        for part in sorted({part for record in done for part in record["weights"]}):
-            tags[f"weights.{part}"] = ", ".join(sorted({r["weights"][part] for r in done if part in r["weights"]}))
+        started = [record.get("weights", {}) for record in done]  # results.json of before has none
+        for part in sorted({part for each in started for part in each}):
+            tags[f"weights.{part}"] = ", ".join(sorted({each[part] for each in started if part in each}))
         page = table_page(of, table)
         if len(page) <= NOTE:
             tags["mlflow.note.content"] = page  # MLflow shows it, set as a table, on the run's first page

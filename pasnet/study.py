@@ -8,7 +8,8 @@ result lies in a folder named by a digest of all that decides it, and a step who
     out/shards/<dataset>/           shards (shards/README.md)
     out/trainings/<name>-<digest>/  one per training: config.json, last.pt, history.json, done.json, train.log,
                                     evaluation/{metrics.json, predictions.parquet, per_class.csv, confusion.png}
-    out/results.json, RESULTS.md    one record per row x dataset x split x seed, and the page made from them
+    out/results.json                one record per row x dataset x split x seed
+    out/RESULTS.md, report.html     the pages made from them; figures/ has the pictures of Fig. 3
     out/mlflow.db, mlartifacts/     tracking, unless MLFLOW_TRACKING_URI says otherwise
 """
 

@@ -14,7 +14,7 @@ from test_report import UCF, content_of
 
 from pasnet import tracking
 from pasnet.cli import main
-from pasnet.results import compare, finish
+from pasnet.results import compare, finish, send
 from pasnet.study import Study
 from pasnet.tracking import client, default_uri
 
@@ -94,6 +94,20 @@ def test_compare_gives_the_address_of_the_rows(study: Study, capsys: pytest.Capt
     assert main(["compare", str(study.root), "--address", "http://pages:1/"]) == 0
     said = capsys.readouterr().out
     assert "5 rows of table-2 side by side\n" in said and "http://pages:1/#/compare-runs" in said
+
+
+def test_results_of_an_earlier_version_are_sent_and_shown_too(study: Study, tmp_path: Path) -> None:
+    content = json.loads((study.root / "results.json").read_text("utf-8"))
+    for name in ("figure_3", "seconds"):
+        del content[name]
+    for record in content["results"]:
+        for name in ("weights", "classes", "history"):
+            record.pop(name, None)
+        record["history"] = []
+    content["tags"]["study"] = "earlier"
+    (tmp_path / "results.json").write_text(json.dumps(content), "utf-8")
+    [line] = send([tmp_path], default_uri(tmp_path))
+    assert "5 rows are at" in line and "Not drawn" in (tmp_path / "report.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
