@@ -183,7 +183,7 @@ def train_pose(config: PoseTrainConfig, shards_folder: Path, joints: Path, out: 
     net = BodyNet(config.width).requires_grad_(True)  # also the layers that no fusion style reads
     for stage in range(1, 7):  # OpenPose's own start for what makes the maps: near nothing, which most of a map is
         for branch in MAPS:
-            torch.nn.init.normal_(net.get_submodule(stage_layers(stage, branch)[-1][0]).weight, std=0.01)
+            torch.nn.init.normal_(net.get_parameter(f"{stage_layers(stage, branch)[-1][0]}.weight"), std=0.01)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in models/pasnet.py
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
     step, losses, seconds = 0, [], 0.0

@@ -180,8 +180,13 @@ def _differences(row: Row, of: Shards, members: Sequence[Job], public_start: boo
     found = [] if of.dataset == row.dataset else [f"{of.dataset} instead of {row.dataset}"]
     found += [f"{of.missing} listed videos missing"] if of.missing else []
     found += [f"{of.failed} videos could not be decoded"] if of.failed else []
-    own = members[0].training.source is not None
-    found += [] if public_start else ["w0 of our own, or random"] if own else ["random start"]
+    source, first = members[0].training.source, members[0]
+    if source:
+        found.append(f"{source.dataset} instead of Kinetics")
+        bare = first.config.model.needs_pose and not first.pose and first.training.strategy != "recent"
+        found += ["random start of the pose network"] if bare and not first.config.init.pose else []
+    elif not public_start:
+        found.append("random start")
     pose = members[0].config.init.pose
     found += [] if not pose or weights.is_published(Path(pose), "pose") else ["pose weights are not the published ones"]
     for k, job in zip(row.num_segments, members, strict=True):
