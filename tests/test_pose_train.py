@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -237,6 +238,19 @@ class TestViews:
                 stored = torch.from_numpy(rgb[round(float(fy)), round(float(fx))].copy()).flip(0)
                 assert (ours - stored).abs().max() < 12
 
+    def test_joints_are_brought_to_the_size_of_stored_frames(self, videos: Path, shard_folder: Path) -> None:
+        shards = open_shards(shard_folder)
+        frames = Frames(shards, videos / "joints.parquet")
+        table = pq.read_table(videos / "joints.parquet").to_pylist()
+        assert shards.frame_size == (256, 340)
+        for row, key in enumerate(shards.keys):
+            [of] = [each for each in table if (each["key"], each["frame"]) == (key.split("/")[1], 2)]
+            at = frames.xy[frames.first[row] + 2]
+            # the edges of a picture, -0.5 and 319.5, stay its edges
+            assert np.allclose(at[:, 0], (np.array(of["x"]) + 0.5) * 340 / 320 - 0.5, atol=1e-3)
+            assert np.allclose(at[:, 1], (np.array(of["y"]) + 0.5) * 256 / 240 - 0.5, atol=1e-3)
+            assert np.array_equal(frames.visible[frames.first[row] + 2], of["visible"])
+
 
 class TestNetwork:
     def test_all_six_stages_are_the_networks_own(self) -> None:
@@ -287,10 +301,35 @@ class TestTraining:
         assert net.pose is not None
         tensors = read_checkpoint(trained / "pose.safetensors", "pose")
         assert all(torch.equal(value, tensors[name]) for name, value in net.pose.state_dict().items())
-        fresh = BodyNet(0.0625)
-        torch.manual_seed(TINY.seed)
-        fresh = BodyNet(0.0625)  # where it started: every layer has learnt, also those that no style reads
-        assert not any(torch.equal(tensors[f"{n}.weight"], fresh.get_submodule(n).weight) for n in fresh.unused)
+
+    def test_every_layer_learns_also_those_that_no_style_reads(
+        self, trained: Path, videos: Path, shard_folder: Path, tmp_path: Path
+    ) -> None:
+        start = replace(TINY, lr=1e-30, steps=1)
+        train_pose(start, shard_folder, videos / "joints.parquet", tmp_path)
+        first, last = (read_checkpoint(each / "pose.safetensors", "pose") for each in (tmp_path, trained))
+        assert [name for name in first if name.endswith("weight") and torch.equal(first[name], last[name])] == []
+
+    def test_every_step_sees_other_frames_and_other_views(
+        self, videos: Path, shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen, read = [], Frames.read
+
+        def remember(self: Frames, chosen: list[tuple[int, int, View]], config: PoseTrainConfig) -> object:
+            seen.append(chosen)
+            return read(self, chosen, config)
+
+        monkeypatch.setattr(Frames, "read", remember)
+        config = replace(TINY, steps=6, batch=4)
+        train_pose(config, shard_folder, videos / "joints.parquet", tmp_path)
+        shards = open_shards(shard_folder)
+        steps = seen[:6]
+        assert len({str(chosen) for chosen in steps}) == 6
+        views = [view for chosen in steps for _, _, view in chosen]
+        assert {view.flip for view in views} == {True, False} and len({view[:4] for view in views}) > 3
+        train = set(shards.select(1, "train").tolist())
+        assert {row for chosen in steps for row, _, _ in chosen} <= train
+        assert not {row for chosen in seen[7:] for row, _, _ in chosen} & train  # the quality is of other groups
 
     def test_its_quality_is_on_record(self, trained: Path) -> None:
         found = json.loads((trained / "quality.json").read_text())

@@ -109,6 +109,7 @@ class TestTable:
         place = {training: index for index, training in enumerate(order)}
         assert len(place) == len(order) == 39 + 1 + 3 + 3  # ECO on D0 once; PAS-Net on D0 and then on D1, by style
         assert all(place[t.parent] < place[t] for t in order if t.parent)
+        assert [t.on for t in order] == ["D0"] * 4 + ["D1"] * 42  # what is learnt beforehand is learnt before all else
         assert sum(t.strategy == "eco" and t.on == "D0" for t in order) == 1
 
 
@@ -274,3 +275,43 @@ def test_recent_takes_over_all_but_the_head(shard_folder: Path, tmp_path: Path) 
     for name, value in net.state_dict().items():
         if not name.startswith("head."):
             assert torch.equal(fresh.state_dict()[name], value), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_pose_network_that_fails_stops_what_starts_from_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect import flow
+    from prefect.testing.utilities import prefect_test_harness
+
+    from flows import experiment
+
+    asked = study(tmp_path)
+    made, pose = jobs(asked, (D1,), D0), pose_job(asked, D0)
+    assert pose is not None
+    started: list[str] = []
+    broken = {pose.folder}
+
+    def work(job: Job | PoseJob, uri: str = "") -> bool:
+        started.append(job.folder)
+        if job.folder in broken:
+            raise RuntimeError(f"{job.title}: no luck")
+        return True
+
+    monkeypatch.setattr(experiment, "run_pose_training", work)
+    monkeypatch.setattr(experiment, "run_training", work)
+    monkeypatch.setattr(experiment, "run_evaluation", lambda job: True)
+    run = flow(name="jobs", validate_parameters=False)(lambda: experiment.run_jobs(made, "", pose))
+    with prefect_test_harness(server_startup_timeout=120):
+        failures = run()
+        needs = {job.folder for job in made if job.training.fusion == "Conv(A,I)"}
+        assert set(failures) == needs | {pose.folder} and "no luck" in failures[pose.folder]
+        assert set(started) == {job.folder for job in made} - needs | {pose.folder}
+        broken.clear()
+        started.clear()
+        assert run() == {}
+    assert len(started) == len(made) + 1
+    place = {folder: index for index, folder in enumerate(started)}
+    for job in made:
+        assert all(place[before] < place[job.folder] for before in (job.parent, job.pose) if before)
