@@ -184,7 +184,7 @@ def rates_of_benchmarks(device: str, folder: Path) -> list[Rate]:
         if content.get("hardware") != device:
             continue
         for row in content.get("tables", {}).get("training", ()):
-            # narrower networks are those of --quick, on small frames: they show that the benchmark runs, and nothing else
+            # narrower networks are those of --quick, on small frames: they show that the benchmark runs, no more
             usable = row.get("style") and row["form"] != "reference" and row["width"] == 1.0
             if not usable or "clips_per_second" not in row:
                 continue
