@@ -106,19 +106,21 @@ class Journal:
             self._next += 1
             return number
 
-    def begin(self, start: Mapping[str, Any], *, goes_on: bool) -> None:
+    def begin(self, start: Mapping[str, Any], *, goes_on: bool) -> str:
         """Opens a run: the one that the journal holds already, or a new one.
 
         `goes_on` says that there is a checkpoint to go on from. Without one, a run that got no further than its
         start, with the same parameters, is the same run too. A run that was broken off gets its `end` first.
+        Returns how the run had ended that is taken up again; "" for a new one.
         """
         self.close_broken()
         run = last_run(self.events())
         same = run and (goes_on or (not epochs_of(run) and run[0]["params"] == json.loads(json.dumps(start["params"]))))
         if same:
             self.append("resume", uri=start["uri"])
-        else:
-            self.append("start", key=uuid.uuid4().hex, **start)
+            return status_of(run)
+        self.append("start", key=uuid.uuid4().hex, **start)
+        return ""
 
     def close_broken(self) -> bool:
         """Ends a run as KILLED whose process is gone without a word, which the held lock proves."""
@@ -141,12 +143,14 @@ class Journal:
 
     def backfill(self, before: int | None = None) -> None:
         """Epochs that history.json has and the journal has not, since a training was killed between the two."""
+        path, run = self.folder / "history.json", last_run(self.events())
         try:
-            history = json.loads((self.folder / "history.json").read_text("utf-8"))
-            records = [(int(record["epoch"]), record) for record in history]
+            if not run or path.stat().st_mtime * 1000 < run[0]["time"]:
+                return  # of a training before this run
+            records = [(int(record["epoch"]), record) for record in json.loads(path.read_text("utf-8"))]
         except (OSError, ValueError, TypeError, KeyError):
             return
-        have = epochs_of(last_run(self.events()))
+        have = epochs_of(run)
         for epoch, record in records:
             if epoch not in have and (before is None or epoch < before):
                 self.append("epoch", epoch=epoch, metrics=numbers(record))

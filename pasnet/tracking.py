@@ -188,8 +188,7 @@ class LiveRun:
             # of a training that was killed a second ago, loader processes may be left for some seconds
             if not journal.lock(wait=10.0):
                 raise TrackingError("another process trains or sends there")
-            self._status = status_of(last_run(journal.events()))
-            journal.begin(start, goes_on=(self._out / "last.pt").is_file())
+            self._status = journal.begin(start, goes_on=(self._out / "last.pt").is_file())
             self._journal, self._load = journal, Load()
             try:
                 # Here and not in the sender: it takes a second or two, but loader processes that are forked in the
@@ -241,12 +240,14 @@ class LiveRun:
         with self._guarded("the end"):
             journal.backfill()
             journal.note_artifacts()
-            if status == "FINISHED":
-                if _wants_model(self._out, self._log_model):
-                    journal.append("model", path="last.pt")
-            elif self._status == "FINISHED" and not self._added:
+            if status != "FINISHED" and self._status == "FINISHED" and not self._added:
                 status, reason = self._status, ""  # a finished run in whose folder another was refused
-            journal.append("end", status=status, reason=reason)
+            elif status == "FINISHED" and _wants_model(self._out, self._log_model):
+                journal.append("end", status=status, reason=reason)
+                journal.append("model", path="last.pt")  # after the end, which is not to wait for a large file
+                status = ""
+            if status:
+                journal.append("end", status=status, reason=reason)
         if self._sender is None:
             journal.unlock()
             return
@@ -278,6 +279,7 @@ class _Sender(threading.Thread):
         self._changed = threading.Condition()
         self._dirty, self._closing, self._given_up = True, False, False
         self._failures = 0  # since the last success
+        self._shipping = Shipping(journal, uri, stop=lambda: self._given_up)
 
     def wake(self) -> None:
         """Says that there is something to send."""
@@ -290,13 +292,16 @@ class _Sender(threading.Thread):
         with self._changed:
             self._dirty = self._closing = True
             self._changed.notify()
-        self.join(patience)
+        until = time.monotonic() + patience
+        while self.is_alive() and time.monotonic() < until:
+            self.join(0.1)
+            if self._shipping.working:  # on this machine, not waiting; and no thread may be in torch when Python ends
+                until = time.monotonic() + patience
         self._given_up = True  # a thread that still hangs in a call stops after it
         return len(unsent(self._journal.events(), place_of(self._uri)))
 
     def run(self) -> None:
         """Until closed: sends, and after a failure tries again, less and less often."""
-        shipping = Shipping(self._journal, self._uri, stop=lambda: self._given_up)
         while not self._given_up:
             with self._changed:
                 pause = min(300.0, RETRY * 2**self._failures) if self._failures else None
@@ -304,7 +309,7 @@ class _Sender(threading.Thread):
                 self._changed.wait_for(lambda: self._closing or (self._dirty and not self._failures), pause)
                 closing, self._dirty = self._closing, False
             try:
-                shipping.ship()
+                self._shipping.ship()
                 self._failures = 0
             except Exception as error:  # of any kind: MLflow's, SQLAlchemy's, the network's
                 if self._failures == 0:
@@ -327,6 +332,7 @@ class Shipping:
         self._mlflow: MlflowClient | None = None
         self._doubt = True  # whether metrics may be there that the journal does not know of
         self._lost = False
+        self.working = False  # computing, not waiting for the server
 
     def ship(self) -> int:
         """Sends what has not been sent; the number of events. Raises what MLflow raises."""
@@ -384,7 +390,8 @@ class Shipping:
                 parent = path.parent.relative_to(folder).as_posix()
                 mlflow.log_artifact(run, str(path), None if parent == "." else parent)
         elif kind == "model":
-            log_model(mlflow, run, folder / event["path"])
+            if (folder / event["path"]).is_file():
+                log_model(mlflow, run, folder / event["path"], self._computing)
         elif kind == "end":
             if event.get("reason"):
                 mlflow.set_tag(run, "reason", event["reason"][:500])
@@ -427,6 +434,14 @@ class Shipping:
         for start in range(0, len(metrics), 1000):
             mlflow.log_batch(run, metrics=metrics[start : start + 1000])
         self._doubt = False
+
+    @contextlib.contextmanager
+    def _computing(self) -> Any:
+        self.working = True
+        try:
+            yield
+        finally:
+            self.working = False
 
     def _same_key(self, mlflow: MlflowClient, key: str) -> list[str]:
         experiment = experiment_id(mlflow, TRAININGS, self._uri)
@@ -519,20 +534,14 @@ def _wants_model(folder: Path, asked: bool | None) -> bool:
     return (folder / "last.pt").is_file() and (folder / "last.pt").stat().st_size <= 2 * SMALL_MODEL
 
 
-def log_model(server: MlflowClient, run: str, checkpoint: Path) -> str:
+def log_model(server: MlflowClient, run: str, checkpoint: Path, computing: Callable[[], Any]) -> str:
     """A checkpoint's network as the model of a run, with signature: uint8 clips (B,K,3,H,W) in, logits out.
 
     As an exported graph (pt2): it loads with torch alone, without this package, and without unpickling code. Returns
-    the model's id; a model that is there already is not made again.
+    the model's id; a model that is there already is not made again. `computing` is entered for what needs no server.
     """
-    import mlflow.pytorch
-    import numpy as np
-    import torch
     from mlflow.entities import LoggedModelOutput
     from mlflow.entities.logged_model_status import LoggedModelStatus
-    from mlflow.models import Model, infer_signature
-
-    from pasnet.checkpoints import model_of
 
     about = server.get_run(run)
     found = server.search_logged_models([about.info.experiment_id], f"source_run_id = '{run}'")
@@ -543,37 +552,50 @@ def log_model(server: MlflowClient, run: str, checkpoint: Path) -> str:
     )
     model_id = str(logged.model_id)
     if not ready:
-        net, config = model_of(torch.load(checkpoint, map_location="cpu", weights_only=True))
-        net.eval()
-        # two clips: in a batch of one the exported graph would be for batches of one
-        shape = (2, config.data.num_segments, 3, config.data.input_size, config.data.input_size)
-        example = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-        with torch.no_grad():
-            logits = net(torch.from_numpy(example)).numpy()
-        with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.export's, about its own archive
+        with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
-            model = Model(run_id=run, model_id=model_id, model_uuid=model_id)
-            mlflow.pytorch.save_model(
-                net,
-                str(folder),
-                mlflow_model=model,
-                signature=infer_signature(example, logits),
-                input_example=example,
-                serialization_format="pt2",
-                pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}"],
-            )
-            # the example as JSON text would be larger than a small network
-            for name in ("input_example.json", "serving_input_example.json"):
-                (folder / name).unlink(missing_ok=True)
-            model.saved_input_example_info = None  # type: ignore[assignment]
-            model.save(str(folder / "MLmodel"))
+            with computing():
+                _export(checkpoint, folder, run, model_id)
             server.log_model_artifacts(model_id, str(folder))
         server.finalize_logged_model(model_id, LoggedModelStatus.READY)
     outputs = about.outputs.model_outputs if about.outputs else []
     if all(output.model_id != model_id for output in outputs):
         server.log_outputs(run, [LoggedModelOutput(model_id, step=0)])
     return model_id
+
+
+def _export(checkpoint: Path, folder: Path, run: str, model_id: str) -> None:
+    import mlflow.pytorch
+    import numpy as np
+    import torch
+    from mlflow.models import Model, infer_signature
+
+    from pasnet.checkpoints import model_of
+
+    net, config = model_of(torch.load(checkpoint, map_location="cpu", weights_only=True))
+    net.eval()
+    # two clips: in a batch of one the exported graph would be for batches of one
+    shape = (2, config.data.num_segments, 3, config.data.input_size, config.data.input_size)
+    example = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    with torch.no_grad():
+        logits = net(torch.from_numpy(example)).numpy()
+    model = Model(run_id=run, model_id=model_id, model_uuid=model_id)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export's, about its own archive
+        mlflow.pytorch.save_model(
+            net,
+            str(folder),
+            mlflow_model=model,
+            signature=infer_signature(example, logits),
+            input_example=example,
+            serialization_format="pt2",
+            pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}"],
+        )
+    # the example as JSON text would be larger than a small network
+    for name in ("input_example.json", "serving_input_example.json"):
+        (folder / name).unlink(missing_ok=True)
+    model.saved_input_example_info = None  # type: ignore[assignment]
+    model.save(str(folder / "MLmodel"))
 
 
 def _say(line: str) -> None:

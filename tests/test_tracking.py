@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.entities import ViewType
 
 from pasnet import tracking
 from pasnet.cli import main
@@ -66,9 +67,12 @@ def files(out: Path) -> None:
 
 
 def runs_of(uri: str) -> list[Any]:
+    """Every run, deleted ones too."""
     mlflow = client(uri)
     experiment = mlflow.get_experiment_by_name(TRAININGS)
-    return [] if experiment is None else list(mlflow.search_runs([experiment.experiment_id]))
+    return (
+        [] if experiment is None else list(mlflow.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL))
+    )
 
 
 def assert_all_there(uri: str, epochs: int, status: str = "FINISHED") -> Any:
@@ -267,7 +271,7 @@ class TestServerAway:
         assert kinds == ["start", "epoch", "epoch", "epoch", *5 * ["artifact"], "end"]
 
         assert main(["track", "send", str(out), "--tracking-uri", uri]) == 0
-        assert "10 events sent" in capsys.readouterr().out
+        assert ": 10 events sent" in capsys.readouterr().out
         run = assert_all_there(uri, 3)
         wanted = {
             "config.json",
@@ -278,7 +282,7 @@ class TestServerAway:
         }
         assert wanted <= artifacts_of(uri, run.info.run_id)
         assert main(["track", "send", str(out), "--tracking-uri", uri]) == 0
-        assert "0 events sent" in capsys.readouterr().out
+        assert ": 0 events sent" in capsys.readouterr().out
         assert_all_there(uri, 3)
 
     def test_one_that_never_answers_delays_neither_epochs_nor_the_end_of_the_process(self, tmp_path: Path) -> None:
@@ -461,6 +465,11 @@ class TestProcessGone:
                 live.epoch(record(1))
         runs = runs_of(uri)
         assert len(runs) == 2
+        (tmp_path / "run" / "history.json").write_text(json.dumps([record(epoch) for epoch in (1, 2)]))
+        os.utime(tmp_path / "run" / "history.json", (1, 1))
+        with pytest.raises(ValueError), opened(uri, tmp_path / "run"):
+            raise ValueError("before the first epoch")
+        assert [run.data.metrics for run in runs_of(uri) if run.info.status == "FAILED"] == [{}]
         assert [len(client(uri).get_metric_history(run.info.run_id, "test/top1")) for run in runs] == [1, 1]
 
     def test_a_line_torn_by_a_crash_costs_itself_alone(self, uri: str, tmp_path: Path) -> None:
@@ -491,7 +500,9 @@ class TestProcessGone:
 
 
 class TestStudy:
-    def test_rows_that_a_dead_server_did_not_take_are_sent_later(self, uri: str, tmp_path: Path) -> None:
+    def test_rows_that_a_dead_server_did_not_take_are_sent_later(
+        self, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         from pasnet.results import send as send_all
 
         with opened(CLOSED, tmp_path / "trainings" / "a") as live:
@@ -505,14 +516,15 @@ class TestStudy:
         content = {"title": "t", "shards": [], "seconds": {}, "results": [row], "tracking": CLOSED}
         content["tags"] = {"study": "s", "folder": "f", "preset": "tiny"}
         (tmp_path / "results.json").write_text(json.dumps(content))
-        monkeypatch = pytest.MonkeyPatch()
-        monkeypatch.setattr("pasnet.results.results_page", lambda studies: "page")
-        with monkeypatch.context():
-            with pytest.raises(TrackingError, match=r"took no results .*track send"):
-                send_all([tmp_path])
-            for _ in range(2):
-                send_all([tmp_path], uri)
-        monkeypatch.undo()
+        # pages and drawings are not what this is about
+        monkeypatch.setattr("pasnet.results._parents", lambda records: {})
+        monkeypatch.setattr(
+            "pasnet.results._write", lambda root, of: (root / "results.json").write_text(json.dumps(of))
+        )
+        with pytest.raises(TrackingError, match=r"took no results .*track send"):
+            send_all([tmp_path])
+        for _ in range(2):
+            send_all([tmp_path], uri)
         assert_all_there(uri, 1)
         mlflow = client(uri)
         experiment = mlflow.get_experiment_by_name("pasnet/fusion")
@@ -570,7 +582,7 @@ def test_a_real_training_with_its_data_and_its_model(
 
 def test_large_models_are_logged_on_request_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(tracking, "log_model", lambda server, run, path: asked.append(path.parent.name))
+    monkeypatch.setattr(tracking, "log_model", lambda server, run, path, computing: asked.append(path.parent.name))
     monkeypatch.setattr(Shipping, "ship", lambda self: 0)
     for name, size, wish in (("small", 10, None), ("no", 10, False), ("large", 300, None), ("yes", 300, True)):
         (tmp_path / name).mkdir()
@@ -581,3 +593,22 @@ def test_large_models_are_logged_on_request_only(tmp_path: Path, monkeypatch: py
         n for n in ("small", "no", "large", "yes") if any(e["event"] == "model" for e in Journal(tmp_path / n).events())
     ]
     assert having == ["small", "yes"]
+
+
+def test_the_end_does_not_wait_for_a_model_nor_break_one_off(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "PATIENCE_SQLITE", 1.0)
+    seen: list[str] = []
+
+    def slow(server: Any, run: str, path: Path, computing: Callable[[], Any]) -> None:
+        with computing():
+            time.sleep(3)
+            seen.append(runs_of(uri)[0].info.status)
+
+    monkeypatch.setattr(tracking, "log_model", slow)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pt").write_text("a checkpoint")
+    with opened(uri, tmp_path / "run", log_model=True) as live:
+        live.epoch(record(1))
+    assert seen == ["FINISHED"]
