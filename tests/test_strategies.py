@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from pasnet.checkpoints import load_initial, save
-from pasnet.config import ConfigError, DataConfig, FusionConfig, InitConfig, ModelConfig, PoseTrainConfig, TrainConfig
+from pasnet.config import (
+    ConfigError,
+    DataConfig,
+    FusionConfig,
+    InitConfig,
+    ModelConfig,
+    OptimConfig,
+    PoseTrainConfig,
+    TrainConfig,
+)
 from pasnet.data import open_shards
 from pasnet.experiments import (
     EXTRA_ROWS,
@@ -241,6 +250,9 @@ def test_science_is_tables_1_and_2_with_a_d0_of_other_actors(tmp_path: Path) -> 
     d1, d0 = SynthConfig(**size.synth), SynthConfig(**size.d0_synth)
     assert d0.seed != d1.seed and d0.groups * d0.num_classes > d1.groups * d1.num_classes
     assert len(jobs(asked, (D1,), D0)) == 13 + 1
+    rows = by_role(jobs(replace(asked, tables=("strategies",), fusions=("Conv(A,I)",)), (D1,), D0))
+    assert rows["D0", "conventional", "Conv(A,I)"].config.optim == size.d0_optim  # from nothing: as long as ECO
+    assert rows["D1", "recent", "Conv(A,I)"].config.optim == size.optim
     assert Study(preset="smoke").d0 == Study(preset="full").d0 == Study(preset="science", pretrain="none").d0 == ""
 
 
@@ -254,13 +266,22 @@ def test_recent_takes_over_all_but_the_head(shard_folder: Path, tmp_path: Path) 
     d1 = open_shards(shard_folder)
     style = FusionConfig(style="Conv(A,I)")
     data = DataConfig(shards=str(shard_folder), input_size=48, num_segments=2)
-    before = TrainConfig(model=ModelConfig(num_classes=7, fusion=style, width=0.0625), data=data)
+    model = ModelConfig(num_classes=7, fusion=style, width=0.0625)
+    before = TrainConfig(model=model, data=data, optim=OptimConfig(epochs=1))
     torch.manual_seed(1)
     net = build(before.model)
     d0 = open_shards(shard_folder)
     d0.manifest = {**d0.manifest, "dataset": "d0", "digest": "another"}
     save(
-        tmp_path / "last.pt", before, d0, "x", model=net.state_dict(), optimizer={}, scaler={}, history=[], within=None
+        tmp_path / "last.pt",
+        before,
+        d0,
+        "x",
+        model=net.state_dict(),
+        optimizer={},
+        scaler={},
+        history=[{"epoch": 1}],
+        within=None,
     )
     after = replace(
         before,
