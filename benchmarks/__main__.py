@@ -12,6 +12,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as pasnet/cli.py does for trainings; before torch is loaded
+
 import sys
 from pathlib import Path
 from typing import Any

@@ -37,10 +37,9 @@ def run_digest(config: TrainConfig, shard_digest: str, parent_digest: str) -> st
 
 
 def identity_of(parent: str) -> str:
-    """The identity that a checkpoint of ours holds. Not its sha256: the file holds timings too."""
-    if not Path(parent).is_file():
-        return parent
-    return str(torch.load(parent, map_location="cpu", weights_only=True).get("identity", ""))
+    """The identity that a checkpoint of ours holds; what is no file (yet) stands for itself. Not its sha256: the file
+    holds timings too. Raises WeightsError for what is no checkpoint of ours."""
+    return str(_read(Path(parent))["identity"]) if Path(parent).is_file() else parent
 
 
 def _content_of(path: str) -> str:
@@ -99,10 +98,15 @@ def load_initial(model: PASNet, config: TrainConfig, shards: ShardSet) -> str:
     return "\n".join(lines)
 
 
-def read_own_checkpoint(path: Path, config: TrainConfig | None, shards: ShardSet) -> dict[str, Any]:
+def read_own_checkpoint(
+    path: Path, config: TrainConfig | None, shards: ShardSet, *, finished: bool = True
+) -> dict[str, Any]:
     """A last.pt of ours. Raises WeightsError when it was trained on other data or another split: the test videos of
-    one split are training videos of another, and accuracies near 100 % have been published that way."""
+    one split are training videos of another, and accuracies near 100 % have been published that way. And, unless
+    `finished` is False, when its training has not come to its end."""
     checkpoint = _read(path)
+    if finished:
+        _check_finished(path, checkpoint)
     trained_on = checkpoint["data"]
     split = config.data.split if config is not None else trained_on["split"]
     wanted = {"dataset": shards.manifest["dataset"], "digest": shards.digest, "split": split}
@@ -124,7 +128,7 @@ def resume(path: Path, config: TrainConfig, shards: ShardSet, identity: str) -> 
     """The checkpoint to go on from, None where there is none. Raises ConfigError when it is another run's."""
     if not path.is_file():
         return None
-    checkpoint = read_own_checkpoint(path, config, shards)
+    checkpoint = read_own_checkpoint(path, config, shards, finished=False)
     if checkpoint["identity"] != identity:
         raise ConfigError(f"{path}: is a run with other settings; give another folder, or remove this one")
     return checkpoint
@@ -135,7 +139,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise weights.WeightsError(f"{path}: no such checkpoint; train it first")
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["data"]["digest"], checkpoint["model"], checkpoint["identity"]
+        checkpoint["data"]["digest"], checkpoint["model"], checkpoint["identity"], checkpoint["history"]
+        checkpoint["config"]["optim"]["epochs"], checkpoint["within"]
     except Exception as error:
         raise weights.WeightsError(
             f"{path}: not a checkpoint of pasnet train ({type(error).__name__}: {error})"
@@ -143,9 +148,16 @@ def _read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _check_finished(path: Path, checkpoint: dict[str, Any]) -> None:
+    done, epochs = len(checkpoint["history"]), checkpoint["config"]["optim"]["epochs"]
+    if done < epochs or checkpoint["within"]:
+        raise weights.WeightsError(f"{path}: has trained {done} of {epochs} epochs; start that training again first")
+
+
 def read_pretrained(path: Path, shards: ShardSet) -> weights.StateDict:
     """The weights of a checkpoint of ours from another dataset (D0). Raises WeightsError when it is this one."""
     checkpoint = _read(path)
+    _check_finished(path, checkpoint)
     if checkpoint["data"]["digest"] == shards.digest:
         raise weights.WeightsError(f"{path}: was trained on this very dataset; give it as init.parent")
     tensors: weights.StateDict = checkpoint["model"]

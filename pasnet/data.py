@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from pasnet.config import DataConfig
+from pasnet.config import ConfigError, DataConfig
 from shards import Batches, Clip, Clips, ShardSet, View, centre, clip_shape, open_shards, segment_indices
 
 __all__ = [
@@ -212,6 +212,9 @@ class Loader:
     ) -> None:
         train, workers = subset == "train", config.workers
         self.rows = rows_of(shards, config, subset)
+        if len(self.rows) < world:
+            fix = "change data.held_out" if subset == "held_out" and not len(self.rows) else "use fewer processes"
+            raise ConfigError(f"{shards.folder}: {len(self.rows)} {subset} videos for {world} processes; {fix}")
         self._shards, self.size, self.device = shards, config.input_size, torch.device(device)
         self._batches = Batches(self.rows, batch, seed=seed if train else None, rank=rank, world=world)
         # else each new iterator draws from the global generator, and dropout would depend on the worker count
@@ -243,6 +246,9 @@ class Loader:
         """Ends the worker processes, which otherwise live as long as anything (a traceback, say) refers to it."""
         if (iterator := getattr(self._loader, "_iterator", None)) is not None:
             iterator._shutdown_workers()
+            for worker in iterator._workers:  # one that hangs in a read ignores SIGTERM
+                if worker.is_alive():
+                    worker.kill()
 
     def totals(self) -> list[int]:
         """How many clips each batch holds, over all processes."""

@@ -43,6 +43,13 @@ class Processes:
         distributed.all_gather_object(found, item)
         return found
 
+    def share_buffers(self, model: nn.Module) -> None:
+        """Everyone gets the main process's batch norm statistics, those that a checkpoint holds: without it, each would
+        evaluate a network of its own."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                distributed.broadcast(buffer, 0)
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model whose backward pass averages gradients over the processes."""
         if self.world == 1:

@@ -3,7 +3,8 @@
 The loop is in `train`, on one screen. A run folder holds config.json, load_report.txt, history.json (one entry per
 epoch), last.pt (rewritten after each epoch, and within one every config.checkpoint_minutes) and, when the last epoch is
 done, done.json. Started again, a run goes on from last.pt; on a CPU the result is the same, bit for bit, as without the
-interruption. Under torchrun it is one training of several processes, with the same steps as alone.
+interruption. Under torchrun it is one training of several processes, with the same steps as alone (but that clips which
+are too few for all of them join the step before), and batch norm sees the clips of one process.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import filelock
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +36,7 @@ from pasnet.evaluate import Source, autocast, metrics, predict, set_precision, w
 from pasnet.models.pasnet import build, parameter_groups
 from pasnet.progress import EpochBar
 from pasnet.provenance import commit, versions
+from pasnet.weights import WeightsError
 
 
 class TrainingError(RuntimeError):
@@ -50,7 +53,8 @@ class StoppedError(RuntimeError):
 class Tally:
     """How far an epoch has come, over all processes: what a checkpoint within the epoch must know."""
 
-    batches: int = 0  # of the loader, each of which every process takes a part of
+    world: int  # how many those are: so many share each batch
+    batches: int = 0  # of the loader
     seen: int = 0  # clips
     loss: float = 0.0  # summed over them
     hits: int = 0
@@ -61,9 +65,9 @@ class Tally:
 def train(config: TrainConfig, out: Path, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Trains to the last epoch and returns {"last": ..., "best_on_test": ..., "seconds": ...}, also in done.json.
 
-    `on_epoch` gets each epoch's record as it ends, in the main process. Raises ConfigError, WeightsError and ShardError
-    before the first step, TrainingError when the loss is not finite (failure.json names the clips), StoppedError after
-    SIGTERM.
+    `on_epoch` gets each epoch's record as it ends, in the main process; when a run goes on, the last one's again, lest
+    it was missed. Raises ConfigError, WeightsError and ShardError before the first step, TrainingError when the loss is
+    not finite (failure.json names the clips) or another training writes into `out`, StoppedError after SIGTERM.
     """
     with processes() as team, stop_signal() as stop, ExitStack() as stack:
         return _train(config, Path(out), on_epoch, team, stop, stack)
@@ -83,6 +87,14 @@ def _train(
     if config.model.num_classes != len(shards.class_names):
         raise ConfigError(f"model.num_classes is {config.model.num_classes}, the shards have {len(shards.class_names)}")
     micro = micro_batch(optim, team.world)
+    if optim.sync_bn and team.world > 1 and device.type != "cuda":
+        raise ConfigError("optim.sync_bn needs GPUs: torch has no synchronised batch norm for CPUs")
+    for start in filter(None, (config.init.parent, config.init.pretrained)):
+        if not Path(start).is_file():  # else its path would stand for it in this run's identity
+            raise WeightsError(f"{start}: no such checkpoint; train it first")
+    if team.main:
+        out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(_alone_in(out))
 
     def loader(subset: Literal["train", "held_out", "test"]) -> Loader:
         made = Loader(
@@ -107,15 +119,12 @@ def _train(
     if state is None:
         report = load_initial(model, config, shards)
         if team.main:
-            out.mkdir(parents=True, exist_ok=True)
             _write(out / "config.json", json.dumps(to_dict(config), indent=1))
             _write(out / "load_report.txt", report + "\n")
         team.say(report)
     else:
         model.load_state_dict(state["model"])
     if optim.sync_bn and team.world > 1:
-        if device.type != "cuda":
-            raise ConfigError("optim.sync_bn needs GPUs: torch has no synchronised batch norm for CPUs")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device)
     if model.pose is not None:
@@ -132,12 +141,25 @@ def _train(
         group["base_lr"] = group["lr"]
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")  # type: ignore[attr-defined]
     history: list[dict[str, Any]] = []
-    tally = Tally()
+    tally = Tally(world=team.world)
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        history, tally = state["history"], Tally(**(state["within"] or {}))
+        history, tally = state["history"], Tally(**(state["within"] or {"world": team.world}))
+        if tally.world != team.world:
+            raise ConfigError(
+                f"{out / 'last.pt'}: is within an epoch of {tally.world} processes; go on with as many, not "
+                f"{team.world}"
+            )
+        if team.main and history:  # what a process that was killed right after saving could not do
+            _write(out / "history.json", json.dumps(history, indent=1))
+            if on_epoch:
+                on_epoch(history[-1])
         team.say(f"going on after epoch {len(history)} of {optim.epochs} and {tally.seen} clips of the next")
+    if len(set(team.gather((identity, len(history), tally.batches)))) > 1:
+        raise ConfigError(
+            f"{out}: the processes find different states there; it must be on a disk that all of them see"
+        )
     wrapped = team.wrap(model)
     forward: Callable[[Tensor], Tensor] = torch.compile(wrapped) if config.compile else wrapped  # type: ignore[assignment]
 
@@ -196,10 +218,10 @@ def _train(
                     scaler.unscale_(optimizer)
                     norm = nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
                     due = time.monotonic() - saved >= 60 * config.checkpoint_minutes and number < len(totals)
+                    # a step with an infinite gradient is left out, and the scale halved; below 1 that is no cure
+                    may_skip = scaler.is_enabled() and scaler.get_scale() >= 1
                     # the one place where the CPU waits for a GPU, and a process for the others
-                    closed = _close(
-                        step, norm, keys=shards.keys, scaled=scaler.is_enabled(), stop=stop, due=due, team=team
-                    )
+                    closed = _close(step, norm, keys=shards.keys, scaled=may_skip, stop=stop, due=due, team=team)
                     if closed.broken:
                         raise _not_finite(closed, title, lr, out, team)
                     scaler.step(optimizer)
@@ -218,6 +240,7 @@ def _train(
                 step.pending = time.perf_counter()
 
         started = time.perf_counter()
+        team.share_buffers(model)
         held_out = evaluate(held_out_loader) if held_out_loader else None
         test = evaluate(test_loader)
         record = {
@@ -231,10 +254,11 @@ def _train(
             "clips_per_second": tally.seen / tally.seconds,
             "data_wait": tally.waited / tally.seconds,  # share of the training time spent waiting for the loader
             "seconds": tally.seconds + time.perf_counter() - started,
+            "processes": team.world,
             **({"gpu_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}),
         }
         history.append(record)
-        tally = Tally()
+        tally = Tally(world=team.world)
         save(None)
         if team.main:
             _write(out / "history.json", json.dumps(history, indent=1))
@@ -321,7 +345,7 @@ def _not_finite(closed: Closed, where: str, lr: float, out: Path, team: Processe
 
 def evaluate_checkpoint(checkpoint: Path, shards_folder: Path, out: Path) -> dict[str, float]:
     """Test-list metrics of a last.pt, returned and, with all that belongs to them, in `out` (see write_evaluation)."""
-    with processes() as team:
+    with processes() as team, ExitStack() as stack:
         shards = open_shards(Path(shards_folder))
         found = read_own_checkpoint(Path(checkpoint), None, shards)
         model, config = model_of(found)
@@ -330,12 +354,13 @@ def evaluate_checkpoint(checkpoint: Path, shards_folder: Path, out: Path) -> dic
             shards,
             config.data,
             subset="test",
-            batch=micro_batch(config.optim, team.world),
+            batch=min(config.optim.batch, config.optim.micro_batch),
             seed=config.seed,
             device=team.device,
             rank=team.rank,
             world=team.world,
         )
+        stack.enter_context(closing(loader))
         predictions = predict(model.to(team.device), loader, shards.keys, team, config.precision)
         if not team.main:
             return metrics(predictions)
@@ -406,6 +431,20 @@ def set_train_mode(model: nn.Module, optim: OptimConfig) -> None:
     for norm in still:
         norm.eval()
         norm.requires_grad_(False)
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Two trainings in one folder would write over each other's files. The kernel drops the lock with the process."""
+    lock = filelock.FileLock(out / ".train.lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise TrainingError(f"{out}: another training is writing there; wait for it, or give another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

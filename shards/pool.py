@@ -6,6 +6,7 @@ processes 1.9 times (docs/performance.md), and a file that crashes libavcodec ta
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -129,9 +130,7 @@ def build_shards(
                 for future in done:
                     future.result()
         except BaseException as error:
-            stopped.set()
-            for future in waiting:
-                future.cancel()
+            stopped.set()  # shards not yet begun end at once; cancelled, they would confuse a pool whose worker dies
             while wait(waiting, timeout=0.1).not_done:
                 hear(None)  # a worker must not wait for room in the pipe
             if isinstance(error, BrokenProcessPool):
@@ -165,10 +164,12 @@ def _start_worker(
 ) -> None:
     global _told, _stopped
     _told, _stopped = told, stopped
-    os.environ.update(environment)  # the server that workers are forked from may be older than its last change
+    os.environ.clear()  # the server that workers are forked from may be older than the last change of it
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who tells us to stop
     if keep_to := cores.get():
-        os.sched_setaffinity(0, keep_to)
+        with contextlib.suppress(OSError):  # where it is forbidden, workers are somewhat slower
+            os.sched_setaffinity(0, keep_to)
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
 
 
@@ -182,10 +183,15 @@ def _end_with_the_caller() -> None:
 
 def _work(shard: ShardPlan, out: Path, settings: DecodeSettings, expected: str | None) -> None:
     """Returns nothing: 13,320 videos' offsets need not go through a pipe, they are in the part file."""
+    _end_if_stopped()
     build_shard(shard, out, settings, _tell, expected=expected)
 
 
 def _tell(progress: Progress) -> None:
+    _end_if_stopped()
+    _told.put(progress)
+
+
+def _end_if_stopped() -> None:
     if _stopped.is_set():
         raise BuildError("stopped")  # never seen: the first error, or Ctrl-C, is what is raised
-    _told.put(progress)

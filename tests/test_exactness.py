@@ -16,13 +16,17 @@ import numpy as np
 import pytest
 import torch
 
+import pasnet.train as training
 from pasnet import progress
 from pasnet.config import ConfigError, DataConfig, FusionConfig, ModelConfig, OptimConfig, TrainConfig, replace, to_dict
 from pasnet.data import Loader, held_out, open_shards, rows_of
+from pasnet.distributed import Processes
 from pasnet.synth import SynthConfig, generate
 from pasnet.train import StoppedError, TrainingError, evaluate_checkpoint, lr_scale_at, micro_batch, train
 from pasnet.weights import WeightsError
 from shards import build, find_dataset, scan
+
+ROOT = str(Path(__file__).resolve().parents[1])
 
 
 @pytest.fixture
@@ -73,14 +77,16 @@ class TestInterruptions:
         train(config, tmp_path / "whole")
         with monkeypatch.context() as patched:
             terminate_when(patched, lambda clips: clips == seen)
+            stops = 0
             for _ in range(6):  # every epoch anew
                 try:
                     train(replace(config, {"data.workers": 2}), tmp_path / "parts")
                 except StoppedError as error:
                     assert "start again to go on" in str(error)
+                    stops += 1
                     continue
                 break
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert stops >= 2 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         train(config, tmp_path / "parts")
         assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
 
@@ -143,6 +149,66 @@ class TestInterruptions:
 
 
 class TestFaults:
+    def test_a_network_that_has_not_finished_is_no_start(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patched:
+            terminate_when(patched, lambda clips: clips == 9)
+            with pytest.raises(StoppedError):
+                train(config, tmp_path / "parent")
+        start = tmp_path / "parent" / "last.pt"
+        child = replace(config, {"init.parent": str(start)})
+        with pytest.raises(WeightsError, match=r"has trained 0 of 2 epochs; start that training again"):
+            train(child, tmp_path / "child")
+        with pytest.raises(WeightsError, match="has trained 0 of 2 epochs"):
+            evaluate_checkpoint(start, Path(config.data.shards), tmp_path / "evaluation")
+        train(config, tmp_path / "parent")
+        assert train(child, tmp_path / "child")["last"]["epoch"] == 2
+        start.unlink()
+        with pytest.raises(WeightsError, match="no such checkpoint"):  # not "other settings; remove this one"
+            train(child, tmp_path / "child")
+
+    def test_two_trainings_in_one_folder(self, config: TrainConfig, tmp_path: Path) -> None:
+        def second(_: object) -> None:
+            with pytest.raises(TrainingError, match="another training is writing there"):
+                train(replace(config, {"seed": 5}), tmp_path)
+
+        assert train(replace(config, {"optim.epochs": 1}), tmp_path, second)["last"]["epoch"] == 1
+
+    def test_a_record_that_was_not_written_is_made_up_for(self, config: TrainConfig, tmp_path: Path) -> None:
+        def die(record: dict[str, Any]) -> None:
+            (tmp_path / "history.json").unlink()
+            raise KeyboardInterrupt
+
+        one = replace(config, {"optim.epochs": 1})
+        with pytest.raises(KeyboardInterrupt):
+            train(one, tmp_path, die)
+        told: list[dict[str, Any]] = []
+        train(one, tmp_path, told.append)
+        assert [record["epoch"] for record in told] == [1]
+        assert [record["epoch"] for record in json.loads((tmp_path / "history.json").read_text())] == [1]
+
+    def test_loss_scaling_that_cannot_help_is_a_fault(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make = training.build
+
+        def broken(of: ModelConfig) -> Any:
+            model = make(of)
+            model.head.weight.register_hook(lambda gradient: gradient * float("nan"))
+            return model
+
+        monkeypatch.setattr(training, "build", broken)
+        with pytest.raises(TrainingError, match="gradient is not finite"):
+            train(replace(config, {"precision": "fp16", "optim.epochs": 30, "model.fusion.style": "A"}), tmp_path)
+
+    def test_nothing_to_hold_out_says_so(self, config: TrainConfig, tmp_path: Path) -> None:
+        store = open_shards(Path(config.data.shards))
+        with pytest.raises(ConfigError, match=r"3 test videos for 4 processes; use fewer"):
+            Loader(store, config.data, subset="test", batch=1, seed=0, rank=0, world=4)
+        with pytest.raises(ConfigError, match=r"0 held_out videos for 1 processes; change data\.held_out"):
+            Loader(store, config.data, subset="held_out", batch=1, seed=0)
+
     def test_what_was_at_hand_is_on_record(self, config: TrainConfig, tmp_path: Path) -> None:
         broken = replace(config, {"optim.lr": 1e30, "optim.epochs": 1, "optim.clip_norm": 1e30})
         with pytest.raises(TrainingError, match=r"not finite in epoch 1/1.*failure.json has them all"):
@@ -166,16 +232,29 @@ def launch(processes: int, arguments: list[str]) -> str:
 class TestProcesses:
     @pytest.mark.slow
     @pytest.mark.parametrize("micro", [1, 2])
-    def test_two_are_one_training(self, config: TrainConfig, tmp_path: Path, micro: int) -> None:
+    def test_two_are_one_training(self, config: TrainConfig, tmp_path: Path, ffmpeg: str, micro: int) -> None:
         # batch norm sees a process's own clips, and dropout is drawn for each: without them nothing may differ
-        changes = {"optim.bn_mode": "frozen", "model.dropout": 0, "optim.micro_batch": micro, "data.held_out": 0.3}
-        config = replace(config, {**changes, "optim.schedule": "plateau_on_held_out", "optim.clip_norm": 0.5})
+        videos = generate(tmp_path / "v", SynthConfig(num_classes=3, groups=8, frames=(6, 8), seed=2), ffmpeg=ffmpeg)
+        build(scan(*find_dataset(videos)), tmp_path / "shards", num_shards=2)
+        changes = {"optim.bn_mode": "frozen", "model.dropout": 0, "optim.micro_batch": micro, "data.held_out": 0.1}
+        changes |= {"data.shards": str(tmp_path / "shards"), "optim.schedule": "plateau_on_held_out"}
+        config = replace(config, {**changes, "optim.clip_norm": 0.5})
+        store = open_shards(tmp_path / "shards")
+        totals = [
+            Loader(store, config.data, subset="train", batch=micro, seed=0, rank=0, world=world).totals()
+            for world in (1, 2)
+        ]
+        assert any(total % 2 for total in totals[1])  # shared unequally
+        steps = [
+            [sum(of[i : i + 4 // (micro * world)]) for i in range(0, len(of), 4 // (micro * world))]
+            for world, of in zip((1, 2), totals, strict=True)
+        ]
+        assert steps[0] == steps[1]
         (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
         train(config, tmp_path / "one")
         said = launch(2, ["train", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "two")])
         assert said.count("epoch   1/2") == 1  # one of them speaks
         one, two = state_of(tmp_path / "one"), state_of(tmp_path / "two")
-        torch.manual_seed(config.seed)
         moved = max(float(value.abs().max()) for value in one["optimizer"]["state"][0].values())
         assert moved > 0
         for key, value in one["model"].items():
@@ -188,6 +267,45 @@ class TestProcesses:
         launch(2, ["evaluate", *checkpoint, "--out", str(tmp_path / "evaluation")])
         alone = evaluate_checkpoint(tmp_path / "two" / "last.pt", Path(config.data.shards), tmp_path / "alone")
         assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text()) == pytest.approx(alone)
+
+    @pytest.mark.slow
+    def test_statistics_are_the_main_ones(self, tmp_path: Path) -> None:
+        (tmp_path / "look.py").write_text(
+            "import torch\nfrom pasnet.distributed import processes\n"
+            "with processes() as team:\n"
+            "    norm = torch.nn.BatchNorm1d(3)\n"
+            "    norm.running_mean.fill_(team.rank + 1)\n"
+            "    team.share_buffers(norm)\n"
+            "    print(team.gather(norm.running_mean.tolist()))\n"
+        )
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+        command += ["--rdzv-endpoint", "127.0.0.1:0", str(tmp_path / "look.py")]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": ROOT}
+        )
+        assert done.stdout.splitlines() == [str([[1.0] * 3] * 2)] * 2, done.stderr[-2000:]
+
+    def test_buffers_are_shared_before_an_evaluation(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        order: list[str] = []
+        share, look = Processes.share_buffers, training.predict
+        monkeypatch.setattr(Processes, "share_buffers", lambda *a: order.append("share") or share(*a))
+        monkeypatch.setattr(training, "predict", lambda *a: order.append("predict") or look(*a))
+        train(replace(config, {"optim.epochs": 2, "model.fusion.style": "A"}), tmp_path)
+        assert order == ["share", "predict"] * 2
+
+    def test_an_epoch_goes_on_with_as_many(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        terminate_when(monkeypatch, lambda clips: clips == 4)
+        with pytest.raises(StoppedError):
+            train(config, tmp_path)
+        state = torch.load(tmp_path / "last.pt", weights_only=True)
+        state["within"]["world"] = 2
+        torch.save(state, tmp_path / "last.pt")
+        with pytest.raises(ConfigError, match=r"within an epoch of 2 processes; go on with as many, not 1"):
+            train(config, tmp_path)
 
     @pytest.mark.parametrize("world", [1, 2, 3])
     @pytest.mark.parametrize("subset", ["train", "test"])

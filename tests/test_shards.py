@@ -904,6 +904,15 @@ class TestNothingOfOthers:
         assert len(heard) == 1 and not multiprocessing.active_children()
         assert len(list(tmp_path.glob("shard-*.tar"))) < 12 and not list(tmp_path.glob("*.tmp"))
 
+    def test_a_worker_that_dies_while_the_others_stop(self, videos: Path, tmp_path: Path) -> None:
+        def stop(_: object) -> None:
+            multiprocessing.active_children()[0].kill()
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):  # and no waiting for ever
+            build(scan(*find_dataset(videos)), tmp_path, num_shards=12, on_video=stop)
+        assert build(scan(*find_dataset(videos)), tmp_path, num_shards=12)["videos"] == 12
+
     def test_workers_see_the_environment_of_the_moment(
         self, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
