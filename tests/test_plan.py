@@ -63,6 +63,9 @@ def test_a_benchmark_counts_on_its_own_hardware_and_in_its_own_precision(tmp_pat
     eco, pas = plan(study, on="card", benchmarks=tmp_path)["trainings"]
     assert "A, K=8, fp32" in eco["measured_by"] and "A+pool(I)+pool(F), K=8, fp32" in pas["measured_by"]
     assert pas["hours"] == pytest.approx((40 * 9_537 + 41 * 3_783 / 3) / 6 / 3600, rel=1e-3)
+    near = Study(data=study.data, tables=study.tables, fusions=("Conv(A,I)",))
+    of = plan(near, on="card", benchmarks=tmp_path)["trainings"][-1]
+    assert "A+pool(I)+pool(F), K=8" in of["measured_by"]  # the other network with a pose in it, not ECO
     assert plan(study, on="other", benchmarks=tmp_path)["totals"]["hours"] is None
     half = Study(data=study.data, tables=study.tables, fusions=TINY, overrides={"precision": "bf16"})
     assert plan(half, on="card", benchmarks=tmp_path)["totals"]["hours"] is None

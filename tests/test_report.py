@@ -42,7 +42,7 @@ UCF = (
 )
 
 CLASSES = [
-    ClassResult(name=f"Class<{n}>", videos=20, top1=90 - n, top5=99, confused_with="Other", confused=n)
+    ClassResult(name=f"<i>Class {n}", videos=20, top1=90 - n, top5=99, confused_with="Other", confused=n)
     for n in range(5)
 ]
 
@@ -132,7 +132,16 @@ def test_the_page_stands_alone_and_has_every_number(tmp_path: Path) -> None:
     assert set(page.inner) <= set(page.ids) and len(set(page.ids)) == len(page.ids)
     for record in content["results"]:
         assert (f"{record['top1']:.2f}" if record["status"] == "done" else record["reason"]) in page.words
-    for needed in ("abc1234", "Some GPU", "01234567", "2.000", "flow-1", "90.20 (quoted)", "Class<4>", "What differs"):
+    for needed in (
+        "abc1234",
+        "Some GPU",
+        "01234567",
+        "2.000",
+        "flow-1",
+        "90.20 (quoted)",
+        "<i>Class 4",
+        "What differs",
+    ):
         assert needed in page.words
     assert "failed: loss is nan" in page.words and "not run: no hmdb51 in this study" in page.words
     assert "table-3: quoted by the paper, not run" in page.words
