@@ -161,14 +161,17 @@ class Bench:
             return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)
 
     def matmul_rates(self) -> None:
-        """10^9 multiply-adds per second of large matrix products, by precision: what `utilisation` is a share of."""
+        """10^9 multiply-adds per second of large matrix products, by precision: what `utilisation` is a share of.
+
+        The best of all calls counts: other work may sit on the machine for all of one.
+        """
         n = 1024 if self.quick else 8192 if self.gpu else 4096  # long enough to see whether others disturb
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             if name == "bf16" and not self.bf16:
                 continue
             a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
             taken = self.alternate({"matmul": lambda a=a, b=b: a @ b}, 5)["matmul"]  # type: ignore[misc]
-            self.rates[name] = round(n**3 / min(taken) / 1e9, 1)
+            self.rates[name] = max(self.rates.get(name, 0.0), round(n**3 / min(taken) / 1e9, 1))
 
     # ---- the tables ----
 
@@ -185,6 +188,11 @@ class Bench:
         tables["styles"] = self.styles()
         tables["training"] = self.training()
         tables["memory"] = self.memory()
+        self.matmul_rates()
+        for row in [*tables["forward"], *tables["training"]]:
+            if "not_run" not in row:
+                rate = self.rates["bf16" if "bf16" in row["form"] else "fp32"]
+                row["utilisation"] = round(row["gmac_per_second"] / rate, 3)
         worst = min((row["times_faster"] for row in tables["styles"] if row["form"] == "fp32"), default=None)
         content["bounds"] = [
             _bound("fast fp32 >= 1.5x the reference, K = 8, width 1", ratios.get("fp32"), 1.5),
@@ -359,10 +367,9 @@ class Bench:
     ) -> dict[str, Any]:
         """One line of a table of speeds."""
         median = statistics.median(seconds)
-        rate = self.rates["bf16" if "bf16" in form else "fp32"]
         row: dict[str, Any] = {"network": network, "style": style, "num_segments": k, "width": self.width}
         row |= {"form": form, "batch": batch, "clips_per_second": round(batch / median, 4)}
-        row |= {"utilisation": round(batch * gmacs / median / rate, 3), "seconds": [round(s, 4) for s in seconds]}
+        row |= {"gmac_per_second": round(batch * gmacs / median, 1), "seconds": [round(s, 4) for s in seconds]}
         return row
 
     def macs(self, net: nn.Module, style: str, k: int) -> float:

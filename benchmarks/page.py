@@ -6,6 +6,7 @@ one is. tests/test_benchmarks.py holds the page in docs/ against this: it is nei
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import textwrap
@@ -34,6 +35,12 @@ class Result(NamedTuple):
     part: str
     machine: str
     content: dict[str, Any]
+
+
+def rate_of(row: dict[str, Any], content: dict[str, Any]) -> str:
+    """Clips per second and, of a GPU, utilisation: a CPU's cores are shared, and the rate that it is a share of too."""
+    rate, on_cpu = number(row["clips_per_second"]), content["hardware"].endswith(" cores")
+    return rate if on_cpu else f"{rate} ({100 * row['utilisation']:.0f} %)"
 
 
 def write(results: Path = RESULTS, page: Path = PAGE) -> None:
@@ -482,9 +489,7 @@ def networks(of: Sequence[Result]) -> Iterator[str]:
             f"multiply-adds per second: {series(rates)}.",
         )
         for title, name in (("forward", "forward, clips/s"), ("training", "forward and backward, clips/s")):
-            yield pivot(
-                result, title, name, lambda row: f"{number(row['clips_per_second'])} ({100 * row['utilisation']:.0f} %)"
-            )
+            yield pivot(result, title, name, functools.partial(rate_of, content=content))
             yield pivot(result, title, f"{title}, peak MB", lambda row: f"{row['peak_mb']:,.0f}")
         missing = {row["network"]: row["not_run"] for title in ("forward", "training")
                    for row in all_rows(result, title) if "not_run" in row} | content["not_run"]  # fmt: skip

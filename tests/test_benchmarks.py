@@ -110,6 +110,8 @@ def test_a_column_for_every_machine(results: Path) -> None:
 
 
 def test_networks(results: Path) -> None:
+    for path in results.glob("model-speed*"):
+        path.unlink()
     (results / "model-speed-gpu.json").write_text(json.dumps(MODELS), "utf-8")
     (results / "model-speed-cpu-quick.json").write_text(json.dumps({**MODELS, "hardware": "Quick"}), "utf-8")
     page = render(results)

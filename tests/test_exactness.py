@@ -104,7 +104,7 @@ class TestInterruptions:
     def test_a_process_that_is_ended_again_and_again(
         self, config: TrainConfig, tmp_path: Path, how: signal.Signals
     ) -> None:
-        config = replace(config, {"checkpoint_minutes": 0, "optim.epochs": 4, "data.workers": 2})
+        config = replace(config, {"checkpoint_minutes": 0, "optim.epochs": 8, "data.workers": 2})
         train(config, tmp_path / "whole")
         (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
         command = [sys.executable, "-m", "pasnet", "train", "--config", str(tmp_path / "config.json")]
