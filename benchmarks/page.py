@@ -39,7 +39,7 @@ class Result(NamedTuple):
 
 def rate_of(row: dict[str, Any], content: dict[str, Any]) -> str:
     """Clips per second and, of a GPU, utilisation: a CPU's cores are shared, and the rate that it is a share of too."""
-    rate, on_cpu = number(row["clips_per_second"]), content["hardware"].endswith(" cores")
+    rate, on_cpu = str(number(row["clips_per_second"])), content["hardware"].endswith(" cores")
     return rate if on_cpu else f"{rate} ({100 * row['utilisation']:.0f} %)"
 
 
