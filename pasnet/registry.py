@@ -245,10 +245,8 @@ REGISTRY: dict[str, Source] = {
 }
 
 
-def source_of(kind: str, *, caffe: bool = False, file: str = "") -> Source | None:
-    """The registry's entry for a kind: the one with that file name, else the first in that format. None: there is no
-    such file, as of "eco-init"."""
-    entries = [entry for entry in REGISTRY.values() if entry.kind == kind]
-    named = [entry for entry in entries if entry.file.casefold() == file.casefold()]
-    formatted = [entry for entry in entries if entry.file.endswith(".caffemodel") == caffe]
-    return next(iter([*named, *formatted]), None)
+def source_of(kind: str, *, caffe: bool = False) -> Source | None:
+    """The registry's first entry for a kind in that format; the others of them have the same licence and preprocessing.
+    None: there is no such file, as of "eco-init"."""
+    entries = (entry for entry in REGISTRY.values() if entry.kind == kind)
+    return next((entry for entry in entries if entry.file.endswith(".caffemodel") == caffe), None)

@@ -123,7 +123,7 @@ def read(path: Path) -> Checkpoint:
     broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise WeightsError(f"{path}: NaN or infinity in {_some(broken)}; it is damaged, get it again")
-    source = source_of(kind, caffe=form == "caffe", file=path.name)
+    source = source_of(kind, caffe=form == "caffe")
     return Checkpoint(
         path=path,
         format=form,

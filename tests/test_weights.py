@@ -219,6 +219,10 @@ def test_the_names_in_the_registry_are_those_of_the_networks() -> None:
         assert recognise(KINDS[kind].names) == kind
     assert all(source.kind in KINDS and source.where and source.licence for source in REGISTRY.values())
     assert len({source.file for source in REGISTRY.values()}) == len(REGISTRY)
+    terms: dict[tuple[str, bool], Any] = {}  # a file is not known by its name: these must follow from what it is
+    for source in REGISTRY.values():
+        belongs = (source.licence, source.preprocessing)
+        assert terms.setdefault((source.kind, source.file.endswith(".caffemodel")), belongs) == belongs
 
 
 @pytest.mark.parametrize("head", ["fc_final", "new_fc"])
