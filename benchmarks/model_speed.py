@@ -295,7 +295,8 @@ class Bench:
                 taken = self.alternate({form: _inference(fast, x) for form, fast in forms.items()}, rounds)
                 for form, seconds in taken.items():
                     if form != "reference":
-                        row = {"style": style, "width": width, "form": form}
+                        row = {"style": style, "width": width, "form": form, "num_segments": x.shape[1], "batch": 1}
+                        row["clips_per_second"] = round(1 / statistics.median(seconds), 4)
                         rows.append(row | {"times_faster": _ratio(taken["reference"], seconds)})
                 del net, forms
                 gc.collect()
@@ -320,7 +321,7 @@ class Bench:
                     frozen.pose.requires_grad_(False)
                     work["fp32, checkpoint_pose"] = self.step(checked, x, False)
                     work["fp32, freeze_pose"] = self.step(frozen, x, False)
-                for form, seconds in self.alternate(work, None if self.gpu else 2).items():
+                for form, seconds in self.alternate(work).items():
                     row = self.row(network, style, k, form, batch, seconds, 3 * self.macs(net, style, k))
                     row["peak_mb"] = self.peak(work[form])
                     rows.append(row)

@@ -32,13 +32,14 @@ def hardware() -> str:
 
 
 def measured_speeds(folder: Path = RESULTS, on: str | None = None) -> list[dict[str, Any]]:
-    """The forward rows of every model-speed*.json in `folder` that was measured on this kind of hardware."""
+    """What every model-speed*.json in `folder` from this kind of hardware has on forward passes of PAS-Net's styles."""
     on = hardware() if on is None else on
     found: list[dict[str, Any]] = []
     for path in sorted(folder.glob("model-speed*.json")):
         content = json.loads(path.read_text("utf-8"))
         if content["hardware"] == on:
-            found += [row for row in content["tables"]["forward"] if "not_run" not in row]
+            rows = [*content["tables"]["forward"], *content["tables"].get("styles", ())]
+            found += [row for row in rows if "clips_per_second" in row]
     return found
 
 
