@@ -104,7 +104,7 @@ def test_a_failed_training_leaves_the_others_alone(home: Path, videos: Path, tmp
         ("Conv(A,I)", "conventional"): "failed",
         ("Conv(A,I)", "twice-finetune"): "failed",
     }
-    assert "pose.pth: not readable" in by_row["Conv(A,I)", "conventional"]["reason"]
+    assert "pose.pth: refused, not readable as plain tensors" in by_row["Conv(A,I)", "conventional"]["reason"]
     assert (
         f"{by_row['A', 'eco']['top1']:.2f}" in ran.stdout and "failed: " in ran.stdout
     )  # the table is printed all the same
