@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pasnet.cli import call, study_arguments, study_of
+from pasnet.cli import call, default_out, study_arguments, study_of
 from pasnet.study import EMBEDDED, check_datasets
 
 
@@ -28,9 +28,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from shards import find_dataset, scan
 
     data = tuple(arguments.data) or (EMBEDDED,)
-    name = "-".join(Path(source).name for source in data)
     # every mistake that can be found without work is found here, before Prefect starts
-    study = study_of(arguments, data=data, out=f"runs/{arguments.preset}-{name}")
+    study = study_of(arguments, data=data, out=default_out(arguments.preset, data))
     if arguments.dry_run:
         from pasnet.planning import lines, plan
 

@@ -22,7 +22,7 @@ from flows.experiment import run_jobs
 from flows.parameters import Positive, PresetName, Seed, Split, Table, check
 from flows.prepare import prepare, prepare_d0, videos
 from pasnet import tracking
-from pasnet.execute import StudyError, trainings_at_once
+from pasnet.execute import RUNNING, StudyError, idle, trainings_at_once
 from pasnet.planning import lines, plan
 from pasnet.results import collect, finish
 from pasnet.study import EMBEDDED, Shards, Study, check_datasets, jobs, pose_job
@@ -79,8 +79,13 @@ def pasnet(
         d0 = prepare_d0(study, workers)
     todo, pose = jobs(study, shards, d0), pose_job(study, d0)
     uri = tracking.default_uri(study.root)
+    begun, before = time.monotonic(), len(RUNNING)
     with stage("training and evaluation", seconds):
         failures = run_jobs(todo, uri, pose)
+    if started := len(RUNNING) - before:
+        conducting = idle(begun, time.monotonic())
+        seconds["of which none of its processes ran"] = round(conducting, 1)
+        print(f"  {started} processes started; {conducting / started:.2f} s each to conduct them", flush=True)
     with stage("tracking and report", seconds):
         results = collect(study, shards, todo, failures, d0)
         page = publish(study, [*shards, *([d0] if d0 else [])], results, seconds, uri)

@@ -208,13 +208,19 @@ def study_of(arguments: argparse.Namespace, *, data: Sequence[str], out: str) ->
     )
 
 
+def default_out(preset: str, data: Sequence[str]) -> str:
+    """The folder of a study that was given none: runs/PRESET-DATASETS."""
+    return f"runs/{preset}-{'-'.join(Path(source).name for source in data)}"
+
+
 def _plan(arguments: argparse.Namespace) -> None:
     from pasnet.planning import lines, plan
 
-    # without options, of the deployments "full-reproduction" and "smoke"
-    full = arguments.preset == "full"
-    data = ["data/ucf101", "data/hmdb51"] if full else ["synthetic"]
-    study = study_of(arguments, data=data, out="runs/full-reproduction" if full else "runs/smoke-synthetic")
+    # without options, of the deployment "full-reproduction"; else of what `python -m flows` would do
+    alone = arguments.preset == "full" and not arguments.data
+    data = ["data/ucf101", "data/hmdb51"] if alone else arguments.data or ["synthetic"]
+    out = "runs/full-reproduction" if alone else default_out(arguments.preset, data)
+    study = study_of(arguments, data=data, out=out)
     found = plan(study, clips_per_second=arguments.clips_per_second, on=arguments.on)
     print(json.dumps(found, indent=1) if arguments.json else "\n".join(lines(found)))
 

@@ -22,6 +22,8 @@ from typing import IO
 from pasnet.config import ConfigError, to_dict
 from pasnet.study import Job, PoseJob
 
+RUNNING: list[tuple[float, float]] = []  # when a process of ours ran, start and end by time.monotonic()
+
 
 class StudyError(RuntimeError):
     """A step of the study that failed; the message names its log."""
@@ -81,6 +83,17 @@ def run_pose_training(job: PoseJob) -> bool:
     return True
 
 
+def idle(start: float, end: float) -> float:
+    """Seconds between two times of time.monotonic() at which none of our processes ran: what it costs to conduct them
+    (and to wait for another study on the machine)."""
+    covered, last = 0.0, start
+    for begin, stop in sorted(RUNNING):
+        begin, stop = max(begin, last), min(stop, end)
+        if stop > begin:
+            covered, last = covered + stop - begin, stop
+    return end - start - covered
+
+
 @contextlib.contextmanager
 def training_slot() -> Iterator[int]:
     """One of the machine's places for a training (PASNET_TRAININGS of them, default 1), whatever study asks for it.
@@ -129,6 +142,7 @@ def _locked(file: IO[str]) -> bool:
 def _run(arguments: Sequence[str], log: Path, title: str, inherited: Sequence[int]) -> None:
     command = [sys.executable, "-m", "pasnet", *arguments]
     last: collections.deque[str] = collections.deque(maxlen=3)
+    started = time.monotonic()
     with open(log, "a", encoding="utf-8") as file:
         process = subprocess.Popen(
             command,
@@ -149,5 +163,6 @@ def _run(arguments: Sequence[str], log: Path, title: str, inherited: Sequence[in
             if process.poll() is None:
                 process.terminate()
                 process.wait()
+            RUNNING.append((started, time.monotonic()))
     if code != 0:
         raise StudyError(f"{title}: failed with exit code {code} ({' | '.join(last)}); all of it is in {log}")

@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from pasnet import ordering
 from pasnet.figures import by_row, figure_2, ours_of, row_bars, training_curves
 from pasnet.report import SUMMARY_COLUMNS, about, cells_of, not_run, summary_cells
 from pasnet.summary import protocol, summaries
@@ -108,6 +109,7 @@ def _study(study: dict[str, Any], folder: Path, anchor: str, budget: int) -> tup
         # with several runs a row, the means are what is read; on a phone each run is a card
         folded = [f"<details><summary>Every run ({len(of)})</summary>", *runs, "</details>"]
         body += [*means, *folded] if means else runs
+        body += _order([each for each in study.get("comparisons", []) if each["table"] == table])
         if panels := training_curves(of):
             inside = "".join(f"<div>{panel.svg()}</div>" for panel in panels)
             said = f"<summary>Training curves ({len(panels)})</summary>"
@@ -160,6 +162,19 @@ def _summaries(records: Sequence[Record]) -> list[str]:
         rows = [(summary_cells(summary), summary["status"] != "done") for summary in of_it]
         body += [f"<h4>{escape(name)}</h4>", _table(SUMMARY_COLUMNS, rows, numbers=(3, 4, 5, 6, 7, 9, 10))]
     return body
+
+
+def _order(found: Sequence[Record]) -> list[str]:
+    """The paper's order of a table's rows beside ours, with every pair."""
+    if not found:
+        return []
+    rows = [(values, values[-1] == "undecided") for values in ordering.cells(found)]
+    lines = "".join(f"<li>{escape(line)}</li>" for line in ordering.said(found))
+    pairs = _table(ordering.COLUMNS, rows, numbers=(2, 3, 4))
+    return [
+        f"<h4>The paper's order and ours</h4><ul>{lines}</ul>",
+        f"<details><summary>Every pair ({len(found)})</summary>{pairs}</details>",
+    ]
 
 
 def _classes(records: Sequence[Record], folder: Path, budget: int) -> tuple[list[str], int]:

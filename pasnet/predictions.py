@@ -161,7 +161,7 @@ def metrics(predictions: Predictions, *, resamples: int = 2000) -> dict[str, flo
     interval over test videos (it says nothing of the spread between trainings, and takes videos of one group for
     independent). Also `videos`, how many. Raises PredictionsError where there is nothing to compute from."""
     _check(predictions, "these predictions")
-    top1, top5 = _hits(predictions)
+    top1, top5 = hits(predictions)
     per_class = [top1[predictions.labels == label].mean() for label in np.unique(predictions.labels)]
     n = len(top1)
     draws = np.random.default_rng(0).integers(n, size=(resamples, n))
@@ -181,7 +181,7 @@ def _order(predictions: Predictions) -> np.ndarray:
     return np.argsort(-predictions.probabilities, axis=1, kind="stable")
 
 
-def _hits(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+def hits(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
     """Whether the label is the first, and whether it is among the first five classes; bool (N,) each."""
     hit = _order(predictions) == predictions.labels[:, None]
     return hit[:, 0], hit[:, :5].any(1)
@@ -212,7 +212,7 @@ def per_class(predictions: Predictions, class_names: Sequence[str]) -> list[Clas
     more or fewer names than classes."""
     predictions = dataclasses.replace(predictions, class_names=tuple(class_names))
     _check(predictions, "these predictions")
-    (top1, top5), matrix = _hits(predictions), confusion(predictions)
+    (top1, top5), matrix = hits(predictions), confusion(predictions)
     np.fill_diagonal(matrix, 0)
     results = []
     for label, name in enumerate(class_names):

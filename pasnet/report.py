@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pasnet import ordering
 from pasnet.experiments import ROWS
 from pasnet.summary import protocol, summaries
 
@@ -126,6 +127,7 @@ def _study_section(study: dict[str, Any]) -> list[str]:
     lines = [f"## {study['title']}", "", *(f"- {line}" for line in about(study))]
     for table in dict.fromkeys(record["table"] for record in records):
         lines += ["", *_table_section([record for record in records if record["table"] == table], table)]
+        lines += _order_section([of for of in study.get("comparisons", []) if of["table"] == table], table)
     lines += ["", "### Not run", "", *(f"- {_cell(line)}" for line in not_run(study))]
     return lines
 
@@ -193,6 +195,18 @@ def summary_cells(summary: Record) -> list[str]:
         str(summary["runs"]),
         f"{summary['seconds'] / 3600:.3f}",
     ]
+
+
+def _order_section(found: Sequence[Record], table: str) -> list[str]:
+    """The paper's order of a table's rows beside ours; of the pairs, those that are decided."""
+    if not found:
+        return []
+    decided = [of for of in found if of["verdict"] != "undecided"]
+    lines = ["", f"#### {table}: the paper's order and ours", "", *(f"- {line}" for line in ordering.said(found))]
+    if decided:
+        lines += ["", "| " + " | ".join(ordering.COLUMNS) + " |", "|---" * len(ordering.COLUMNS) + "|"]
+        lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in ordering.cells(decided)]
+    return lines
 
 
 def _class_table(done: Sequence[Record], table: str) -> list[str]:

@@ -24,6 +24,7 @@ from pasnet.config import (
 )
 from pasnet.experiments import QUESTIONS, Row
 from pasnet.journal import place_of
+from pasnet.ordering import comparisons
 from pasnet.report import results_page, table_csv, table_page
 from pasnet.study import Job, Shards, Study, dataset_for, trainings_for
 from pasnet.tracking import TrackingError, record_rows
@@ -246,6 +247,7 @@ def finish(
             "preset": study.preset,
             "prefect.flow_run_id": flow_run_id,
         },
+        "comparisons": comparisons(records),
         "figure_3": _figure_3(records, study.root / "figures"),
         "tracking": place_of(tracking_uri),
         "results": records,

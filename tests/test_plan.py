@@ -111,6 +111,8 @@ def test_the_command_prints_the_plan_and_writes_nothing(
     assert planned["datasets"][0]["subsets"]["split1"] == {"train": 6, "test": 3}
     assert main(["plan", "--preset", "tiny", "--data", "nowhere"]) == 2
     assert "nowhere: no such folder" in capsys.readouterr().err
+    assert main(["plan", "--preset", "science"]) == 0
+    assert capsys.readouterr().out.startswith("runs/science-synthetic: ")  # where `python -m flows` puts it
     assert not list(tmp_path.iterdir())
 
 

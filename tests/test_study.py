@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pasnet import execute
 from pasnet.config import ConfigError
 from pasnet.evaluate import Predictions
 from pasnet.report import results_page, summary_table
@@ -233,3 +234,10 @@ def test_an_ensemble_averages_its_members_predictions(tmp_path: Path) -> None:
     [record] = collect(study, BOTH[:1], made, {})
     assert record["num_segments"] == "16,20,24,28,32"
     assert record["top1"] == 100.0  # 0.42 to 0.58 on average; each member's own file says 50
+
+
+def test_conducting_is_the_time_in_which_no_process_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "RUNNING", [(12.0, 15.0), (1.0, 2.0), (14.0, 18.0), (13.0, 14.0), (19.0, 25.0)])
+    assert execute.idle(10.0, 20.0) == 3.0  # 10 to 12 and 18 to 19; three of them at once count once
+    assert execute.idle(26.0, 28.0) == 2.0
+    assert execute.idle(0.0, 3.0) == 2.0

@@ -1,0 +1,126 @@
+"""The paper's order of the rows beside ours: from predictions whose answer is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pasnet.ordering import comparisons, said
+from pasnet.predictions import Predictions
+from pasnet.report import results_page
+
+VIDEOS = 200
+
+
+def run(
+    folder: Path, title: str, paper: float | None, right: np.ndarray, *, split: int = 1, seed: int = 0, **more: Any
+) -> dict[str, Any]:
+    """A finished run that names the class of the videos that `right` says (bool (videos,))."""
+    place = folder / f"{title}-{split}-{seed}"
+    (place / "evaluation").mkdir(parents=True)
+    probabilities = np.where(right[:, None], [0.9, 0.1], [0.1, 0.9]).astype(np.float32)
+    Predictions(
+        keys=tuple(f"v{n:03}" for n in range(len(right))),
+        labels=np.zeros(len(right), np.int64),
+        probabilities=probabilities,
+        frames=np.zeros((len(right), 2), np.int64),
+    ).save(place / "evaluation" / "predictions.parquet")
+    of = {"table": "table-2", "dataset": "here", "title": title, "strategy": "twice-finetune", "paper_top1": paper}
+    return {**of, "split": split, "seed": seed, "status": "done", "trainings": [str(place)], **more}
+
+
+def share(hits: int) -> np.ndarray:
+    return np.arange(VIDEOS) < hits
+
+
+def test_a_pair_is_compared_video_by_video(tmp_path: Path) -> None:
+    """B misses what A misses and ten more: unpaired the intervals overlap widely, paired the order is certain."""
+    found = comparisons([run(tmp_path, "B", 80, share(90)), run(tmp_path, "A", 81.5, share(100))])
+    [pair] = found
+    assert (pair["higher"]["title"], pair["lower"]["title"], pair["paper"]) == ("A", "B", 1.5)
+    assert pair["ours"] == 5.0 and pair["verdict"] == "as in the paper"
+    # of a share p = 0.05 of 200 videos: p +- 1.96 sqrt(p (1 - p) / 200)
+    assert pair["low"] == pytest.approx(5 - 3.02, abs=0.6) and pair["high"] == pytest.approx(5 + 3.02, abs=0.6)
+    assert (pair["splits"], pair["seeds"]) == ([1], [0])
+
+
+def test_the_other_way_round_and_undecided(tmp_path: Path) -> None:
+    near = share(100)
+    near[[0, 1, 150]] = ~near[[0, 1, 150]]  # two lost, one won
+    rows = [run(tmp_path, "A", 90, share(100)), run(tmp_path, "B", 80, share(140)), run(tmp_path, "C", 70, near)]
+    verdicts = {(of["higher"]["title"], of["lower"]["title"]): of["verdict"] for of in comparisons(rows)}
+    assert verdicts == {
+        ("A", "B"): "the other way round",
+        ("A", "C"): "undecided",
+        ("B", "C"): "as in the paper",
+    }
+
+
+def test_seeds_that_disagree_leave_a_pair_undecided(tmp_path: Path) -> None:
+    """Each seed alone is certain of its sign; together they are of nothing."""
+    rows = []
+    for seed, (a, b) in enumerate([(120, 80), (80, 118), (110, 85)]):
+        rows += [run(tmp_path, "A", 90, share(a), seed=seed), run(tmp_path, "B", 80, share(b), seed=seed)]
+    [pair] = comparisons(rows)
+    assert pair["ours"] == pytest.approx(100 * (40 - 38 + 25) / 3 / VIDEOS, abs=0.01)
+    assert pair["verdict"] == "undecided" and pair["seeds"] == [0, 1, 2]
+
+
+def test_only_what_both_rows_have_is_compared(tmp_path: Path) -> None:
+    rows = [
+        run(tmp_path, "A", 90, share(100)),
+        run(tmp_path, "A", 90, share(0), seed=1),  # B lacks it
+        run(tmp_path, "B", 80, share(90)),
+        run(tmp_path, "C", None, share(10)),  # no number in the paper
+        run(tmp_path, "D", 80, share(95)),  # equal to B there
+        {**run(tmp_path, "E", 10, share(1)), "status": "failed"},
+        run(tmp_path, "F", 20, share(1), dataset="elsewhere"),
+    ]
+    found = comparisons(rows)
+    assert [(of["higher"]["title"], of["lower"]["title"], of["ours"]) for of in found] == [
+        ("A", "B", 5.0),
+        ("A", "D", 2.5),
+    ]
+    assert all(of["seeds"] == [0] for of in found)
+    (tmp_path / "B-1-0" / "evaluation" / "predictions.parquet").unlink()  # an evaluation of before
+    assert [of["lower"]["title"] for of in comparisons(rows)] == ["D"]
+
+
+def test_splits_are_averaged_with_the_same_seeds(tmp_path: Path) -> None:
+    rows = []
+    for split, a, b in ((1, 100, 90), (2, 60, 40)):
+        for seed in (0, 1):
+            if (split, seed) != (2, 1):
+                rows += [run(tmp_path, "A", 90, share(a), split=split, seed=seed)]
+            rows += [run(tmp_path, "B", 80, share(b), split=split, seed=seed)]
+    [pair] = comparisons(rows)
+    assert (pair["splits"], pair["seeds"]) == ([1, 2], [0])  # seed 1 lacks a split
+    assert pair["ours"] == 7.5
+
+
+def test_ensembles_count_as_their_mean(tmp_path: Path) -> None:
+    alone = run(tmp_path, "B", 80, share(100))
+    parts = [run(tmp_path, f"A{n}", 90, share(120)) for n in range(2)]
+    both = {**parts[0], "title": "A", "trainings": [of["trainings"][0] for of in parts]}
+    assert [of["ours"] for of in comparisons([both, alone])] == [10.0]
+
+
+def test_the_page_says_what_is_decided_and_no_more(tmp_path: Path) -> None:
+    rows = [run(tmp_path, "A", 90, share(100)), run(tmp_path, "B", 80, share(140)), run(tmp_path, "C", 70, share(99))]
+    found = json.loads(json.dumps(comparisons(rows)))  # as results.json holds them
+    text = " ".join(said(found))
+    assert "ranks 3 pairs" in text and "have 2 in the same order, 1 in the other, 0 equal (Kendall's tau +0.33)" in text
+    assert "1 as in the paper, 1 the other way round; 1 undecided" in text
+    assert "does not cover the spread of trainings" in text  # one seed
+    assert said([]) == []
+    study = {"title": "t", "shards": [], "results": [], "comparisons": found}
+    assert "order and ours" not in results_page([study])  # no table, no order of it
+    blank = {"status": "not run", "reason": "why", "paper_dataset": "ucf101", "remark": ""}
+    study["results"] = [{**of, **blank} for of in rows]
+    page = results_page([study])
+    assert "| A, twice-finetune | B, twice-finetune | +10.00 | -20.00 |" in page
+    assert "| A, twice-finetune | C, twice-finetune |" not in page  # undecided: counted, not listed
