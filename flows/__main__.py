@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from pasnet.cli import call, default_out, study_arguments, study_of
-from pasnet.study import EMBEDDED, check_datasets
+from pasnet.study import EMBEDDED, check_datasets, public_weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m flows", description="Raw videos to results table.")
     study_arguments(parser, preset="smoke")
+    parser.add_argument(
+        "--fetch", action="store_true", help="download first: data folders named ucf101, hmdb51 or jhmdb"
+    )
+    parser.add_argument("--mirror", action="append", default=[], metavar="URL", help="asked first, as URL/FILE")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, as `pasnet plan`, and stop")
     return call(_run, parser.parse_args(argv))
 
@@ -29,15 +33,20 @@ def _run(arguments: argparse.Namespace) -> None:
 
     data = tuple(arguments.data) or (EMBEDDED,)
     # every mistake that can be found without work is found here, before Prefect starts
+    weights = {name: getattr(arguments, name) for name in ("eco_weights", "pose_weights")}
+    if arguments.fetch:  # what is still to come cannot be checked before
+        for name, value in weights.items():
+            setattr(arguments, name, value if Path(public_weights(value)).is_file() else "")
     study = study_of(arguments, data=data, out=default_out(arguments.preset, data))
     if arguments.dry_run:
         from pasnet.planning import lines, plan
 
         print("\n".join(lines(plan(study))))
         return
-    found = [scan(*find_dataset(Path(source))) for source in data if source != EMBEDDED]
-    embedded = [(EMBEDDED, (1, 2, 3))] if EMBEDDED in data else []
-    check_datasets(study, [*((dataset.name, dataset.usable_splits) for dataset in found), *embedded])
+    if not arguments.fetch:
+        found = [scan(*find_dataset(Path(source))) for source in data if source != EMBEDDED]
+        embedded = [(EMBEDDED, (1, 2, 3))] if EMBEDDED in data else []
+        check_datasets(study, [*((dataset.name, dataset.usable_splits) for dataset in found), *embedded])
 
     os.environ.pop("PREFECT_API_URL", None)  # a server of the user's may not run; this door needs none
     home = os.environ.setdefault("PREFECT_HOME", str(Path("runs").absolute() / ".prefect"))
@@ -53,8 +62,9 @@ def _run(arguments: argparse.Namespace) -> None:
     seconds = {}
     try:
         # the flow's parameters are the study's fields, with lists for tuples
-        given = dataclasses.asdict(study).items()
-        finished: Any = pasnet(**{name: list(value) if isinstance(value, tuple) else value for name, value in given})
+        given = {**dataclasses.asdict(study), **weights, "fetch": arguments.fetch, "mirrors": arguments.mirror}
+        as_lists = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        finished: Any = pasnet(**as_lists)
         seconds = finished["seconds"]
     finally:  # a study with a failed row has a table too
         written = study.root / "results.json"

@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pasnet.config import ConfigError
 from pasnet.planning import OFFICIAL
-from pasnet.study import EMBEDDED, Study
+from pasnet.registry import REGISTRY
+from pasnet.study import EMBEDDED, Study, public_weights
+from shards.fetch import SOURCES
 
 Table = Literal["table-1", "table-2", "table-3", "table-4", "table-5", "figure-2", "strategies"]
 PresetName = Literal["full", "science", "smoke", "tiny"]
@@ -33,6 +35,8 @@ EXAMPLES = {
     "num_segments": "8",
     "overrides": '{"optim.epochs": 2}',
     "workers": "2",
+    "fetch": "true",
+    "mirrors": '["https://mirror.example/archives"]',
     "dry_run": "true",
 }
 
@@ -59,16 +63,19 @@ class Parameters(BaseModel):
     pretrain: str = ""
     overrides: dict[str, Any] | None = None
     workers: Positive = 2
+    fetch: bool = False
+    mirrors: list[str] | None = None
     dry_run: bool = False
 
     @model_validator(mode="after")
     def _as_a_study(self) -> Parameters:
         """What only the whole can show: folders that are there, styles, settings, sizes that fit each other."""
         for folder in self.data:
-            planned = self.dry_run and Path(folder).name in OFFICIAL  # a plan needs no videos
-            if folder != EMBEDDED and not planned and not Path(folder).is_dir():
-                known = Path(folder).name in OFFICIAL
-                fix = f"`pasnet shards fetch {Path(folder).name}` downloads it; else " if known else ""
+            # a plan needs no videos
+            expected = (self.dry_run and Path(folder).name in OFFICIAL) or folder in self.datasets_to_fetch
+            if folder != EMBEDDED and not expected and not Path(folder).is_dir():
+                known = Path(folder).name in SOURCES
+                fix = f"`pasnet shards fetch {Path(folder).name}` or fetch=true downloads it; else " if known else ""
                 raise ValueError(
                     f"data: there is no folder {folder} in {Path.cwd()}, where this run is; {fix}give the folder that "
                     f'holds videos/ and the split lists, or "{EMBEDDED}"'
@@ -77,8 +84,29 @@ class Parameters(BaseModel):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: {values} names one twice; name each once")
-        self.study()
+        for mirror in self.mirrors or ():
+            if not mirror.startswith(("http://", "https://")):
+                raise ValueError(f"mirrors: {mirror} is no http or https address")
+        self.planned()
         return self
+
+    @property
+    def datasets_to_fetch(self) -> list[str]:
+        """Folders of `data` that are downloaded first: all that are named like an official set, since what is there
+        is checked and used."""
+        return [folder for folder in self.data if Path(folder).name in SOURCES] if self.fetch else []
+
+    @property
+    def weights_to_fetch(self) -> list[str]:
+        """Public weights that are downloaded first: those that are given by name."""
+        given = (self.eco_weights, self.pose_weights)
+        return [name for name in given if name in REGISTRY and not Path(name).is_file()] if self.fetch else []
+
+    def planned(self) -> Study:
+        """The study before anything is downloaded: without weights that are not there yet. Raises ConfigError."""
+        coming = [name for name in self.weights_to_fetch if not Path(public_weights(name)).is_file()]
+        left = {name: "" for name in ("eco_weights", "pose_weights") if getattr(self, name) in coming}
+        return self.model_copy(update=left).study()
 
     def study(self) -> Study:
         """The same, for pasnet/. Raises ConfigError."""
@@ -91,8 +119,8 @@ class Parameters(BaseModel):
             splits=tuple(self.splits),
             seeds=tuple(self.seeds),
             num_segments=self.num_segments,
-            eco_weights=self.eco_weights,
-            pose_weights=self.pose_weights,
+            eco_weights=public_weights(self.eco_weights),
+            pose_weights=public_weights(self.pose_weights),
             pretrain=self.pretrain,
             overrides=self.overrides or {},
         )

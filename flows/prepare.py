@@ -25,9 +25,12 @@ MAX_FAILED = 0.01  # share of damaged videos past which the data, or the decoder
 
 @task(task_run_name="videos {source}", cache_policy=NO_CACHE)
 def videos(study: Study, source: str, workers: int) -> Dataset:
-    """The dataset in a folder; the embedded one is generated first."""
+    """The dataset in a folder, held against its split lists; the embedded one is generated first."""
     root = make_synthetic(study, shards.ffmpeg_exe(), workers) if source == EMBEDDED else Path(source)
-    return shards.scan(*shards.find_dataset(root))
+    dataset = shards.scan(*shards.find_dataset(root))
+    lists = f"{len(dataset.missing)} of {dataset.listed} listed ones missing" if dataset.missing else "none missing"
+    print(f"  {dataset.name}: {len(dataset.videos)} videos, {lists}", flush=True)
+    return dataset
 
 
 @task(task_run_name="pack {plan.name}", cache_policy=NO_CACHE)

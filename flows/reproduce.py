@@ -19,12 +19,13 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.experiment import run_jobs
+from flows.obtain import obtain
 from flows.parameters import Positive, PresetName, Seed, Split, Table, check
 from flows.prepare import prepare, prepare_d0, videos
 from pasnet import tracking
 from pasnet.execute import RUNNING, StudyError, idle, trainings_at_once
 from pasnet.planning import lines, plan
-from pasnet.results import collect, finish
+from pasnet.results import collect, finish, links_page
 from pasnet.study import EMBEDDED, Shards, Study, check_datasets, jobs, pose_job
 
 
@@ -44,6 +45,8 @@ def pasnet(
     pretrain: str = "",
     overrides: dict[str, Any] | None = None,
     workers: Positive = 2,
+    fetch: bool = False,
+    mirrors: list[str] | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Raw videos to results table.
@@ -57,20 +60,26 @@ def pasnet(
         splits: official splits to run.
         seeds: seeds to run.
         num_segments: K for every row instead of the paper's.
-        eco_weights: ECO-Lite Kinetics checkpoint; empty means our own from `pretrain`, else a random start.
-        pose_weights: OpenPose body checkpoint; empty means our own from `pretrain`, else a random start.
+        eco_weights: ECO-Lite Kinetics checkpoint, a file or a name as in `pasnet weights fetch` (then weights/ has it);
+            empty means our own from `pretrain`, else a random start.
+        pose_weights: OpenPose body checkpoint, likewise.
         pretrain: a set to learn from beforehand (D0): "synthetic", or a folder of videos or shards; "none"; empty means
             the preset's.
         overrides: any setting of pasnet/config.py, such as {"optim.epochs": 2}.
         workers: shards that are packed at the same time, each with an ffmpeg of its own.
+        fetch: download first what is not there: data folders named ucf101, hmdb51 or jhmdb, and weights given by name.
+        mirrors: base addresses that are asked first, as <mirror>/<file name>.
         dry_run: show what would be done (trainings in order, work, hours, disk) and do nothing, as `pasnet plan`.
     """
     asked = check(locals())
-    study, workers = asked.study(), asked.workers
     if asked.dry_run:
-        return show_plan(study)
+        return show_plan(asked.planned())
     trainings_at_once()  # a bad value is better found before the videos are decoded
     seconds: dict[str, float] = {}
+    if asked.fetch:
+        with stage("fetch", seconds):
+            obtain(asked.datasets_to_fetch, asked.weights_to_fetch, asked.mirrors or ())
+    study, workers = asked.study(), asked.workers
     with stage("videos", seconds):
         datasets = [videos(study, source, workers) for source in study.data]
         used = check_datasets(study, [(dataset.name, dataset.usable_splits) for dataset in datasets])
@@ -90,6 +99,7 @@ def pasnet(
         results = collect(study, shards, todo, failures, d0)
         page = publish(study, [*shards, *([d0] if d0 else [])], results, seconds, uri)
     create_markdown_artifact(page, key="results", description="Ours beside the paper's")
+    create_markdown_artifact(links_page(study.root, uri), key="mlflow", description="The rows' runs in MLflow")
     if failures:
         first, reason = next(iter(failures.items()))
         raise StudyError(f"{len(failures)} of {len(todo)} trainings failed, such as {first}: {reason}")

@@ -199,3 +199,8 @@ def save(
         file.flush()
         os.fsync(file.fileno())  # a rename may reach the disk before the content does
     os.replace(scratch, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # and the new name only with the folder
+    finally:
+        os.close(folder)

@@ -180,8 +180,9 @@ def study_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
     parser.add_argument("--splits", nargs="*", type=int, default=[1])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--num-segments", type=int, help="K for every row instead of the paper's")
-    parser.add_argument("--eco-weights", default="")
-    parser.add_argument("--pose-weights", default="")
+    known = "a checkpoint, or a name that `pasnet weights fetch` lists"
+    parser.add_argument("--eco-weights", default="", help=f"of ECO-Lite: {known}")
+    parser.add_argument("--pose-weights", default="", help=f"of OpenPose's body network: {known}")
     parser.add_argument(
         "--pretrain", default="", help="D0 to learn from beforehand: synthetic, a folder, none; default: the preset's"
     )
@@ -190,7 +191,7 @@ def study_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
 
 def study_of(arguments: argparse.Namespace, *, data: Sequence[str], out: str) -> Study:
     """The study that was asked for; `data` and `out` where the command line has none. Raises ConfigError."""
-    from pasnet.study import Study
+    from pasnet.study import Study, public_weights
 
     return Study(
         data=tuple(arguments.data or data),
@@ -201,8 +202,8 @@ def study_of(arguments: argparse.Namespace, *, data: Sequence[str], out: str) ->
         splits=tuple(arguments.splits),
         seeds=tuple(arguments.seeds),
         num_segments=arguments.num_segments,
-        eco_weights=arguments.eco_weights,
-        pose_weights=arguments.pose_weights,
+        eco_weights=public_weights(arguments.eco_weights),
+        pose_weights=public_weights(arguments.pose_weights),
         pretrain=arguments.pretrain,
         overrides=overrides(arguments.set),
     )

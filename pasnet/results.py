@@ -325,6 +325,31 @@ def compare(root: Path, table: str, tracking_uri: str = "", address: str = "") -
     return f"{base.rstrip('/')}/{fragment}", len(runs), hint
 
 
+def links_page(root: Path, tracking_uri: str = "") -> str:
+    """A study's rows in MLflow as links, in Markdown: each table side by side, and every run. Says so where MLflow has
+    not got them."""
+    done = [record for record in json.loads((root / "results.json").read_text("utf-8"))["results"] if record.get("run")]
+    if not done:
+        return f"No rows are in MLflow; `pasnet track send {root}` sends what there is.\n"
+    lines: list[str] = []
+    shown = []
+    try:
+        for table in dict.fromkeys(record["table"] for record in done):
+            address, count, hint = compare(root, table, tracking_uri)
+            base = address.partition("#")[0]
+            lines += [f"First, for the links to answer: `{hint}`", ""] if hint and not lines else []
+            lines.append(f"- {table}: [{count} rows side by side]({address})")
+        fragments = tracking.run_fragments(tracking_uri, [record["run"] for record in done])
+    except Exception as error:  # of any kind, of a server that is away: the results are on disk
+        return f"MLflow at {place_of(tracking_uri)} did not answer ({type(error).__name__}); its rows are not linked.\n"
+    for record in done:
+        name = f"{record['table']}, {record['title']}, {record['strategy']}"
+        where = f"{record['dataset']}, {record['split']}, {record['seed']}"
+        shown.append(f"| {name} | {where} | {record['top1']:.2f} | [run]({base}{fragments[record['run']]}) |")
+    head = ["", "| row | dataset, split, seed | top-1 | MLflow |", "|---|---|---|---|"]
+    return "\n".join([*lines, *head, *shown]) + "\n"
+
+
 def _parents(records: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, str], dict[str, str]]]:
     """Tags and files of each table's run: {table: (tags, {file name: text})}."""
     from pasnet.figures import pictures_of_table

@@ -49,11 +49,20 @@ from pasnet.experiments import (
     select_rows,
     trainings_of,
 )
+from pasnet.registry import REGISTRY
 
 EMBEDDED = "synthetic"  # names the embedded dataset wherever a dataset folder is asked for
 NOTHING = "none"  # for `pretrain`: no D0, whatever the preset says
+WEIGHTS = "weights"  # the folder of public weights that are given by name
 # Weights from D0 stand in for public ones: there is one set of them, whatever splits and seeds D1 is run on.
 D0_SPLIT, D0_SEED = 1, 0
+
+
+def public_weights(given: str) -> str:
+    """The file that `given` names: a name of pasnet/registry.py stands for its file in weights/, whether it is there
+    or not; all else for itself."""
+    known = given in REGISTRY and not Path(given).is_file()
+    return str(Path(WEIGHTS) / REGISTRY[given].file) if known else given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +95,9 @@ class Study:
             raise ConfigError(f"num_segments (K) must be at least 1, got {self.num_segments}")
         for path in (self.eco_weights, self.pose_weights):
             if path and not Path(path).is_file():
-                raise ConfigError(f"{path}: no such weights file")
+                names = [name for name, source in REGISTRY.items() if Path(path).name == source.file]
+                fix = f"; `pasnet weights fetch {names[0]}` downloads it" if names else ""
+                raise ConfigError(f"{path}: no such weights file{fix}")
         if self.pretrain not in ("", EMBEDDED, NOTHING) and not Path(self.pretrain).is_dir():
             raise ConfigError(
                 f"pretrain: no folder {self.pretrain}; give one of videos or of shards, {EMBEDDED} or {NOTHING}"

@@ -663,6 +663,12 @@ def comparison(uri: str, experiment: str, tags: Mapping[str, str]) -> tuple[str,
     return f"#/compare-runs?runs={quote(json.dumps(runs))}&experiments={quote(json.dumps(ids))}", runs
 
 
+def run_fragments(uri: str, runs: Iterable[str]) -> dict[str, str]:
+    """The fragment of MLflow's address that shows a run, for each."""
+    mlflow = client(uri)
+    return {run: f"#/experiments/{mlflow.get_run(run).info.experiment_id}/runs/{run}" for run in runs}
+
+
 def _fill_parent(mlflow: MlflowClient, parent: str, tags: Mapping[str, str], files: Mapping[str, str]) -> None:
     """Tags and files of a table's run; nothing is sent again that is there already."""
     content = digest([dict(tags), dict(files)])

@@ -14,7 +14,7 @@ from test_report import UCF, content_of
 
 from pasnet import tracking
 from pasnet.cli import main
-from pasnet.results import compare, finish, send
+from pasnet.results import compare, finish, links_page, send
 from pasnet.study import Study
 from pasnet.tracking import client, default_uri
 
@@ -94,6 +94,20 @@ def test_compare_gives_the_address_of_the_rows(study: Study, capsys: pytest.Capt
     assert main(["compare", str(study.root), "--address", "http://pages:1/"]) == 0
     said = capsys.readouterr().out
     assert "5 rows of table-2 side by side\n" in said and "http://pages:1/#/compare-runs" in said
+
+
+def test_every_row_is_linked_to_its_run(study: Study, tmp_path: Path) -> None:
+    uri = default_uri(study.root)
+    page = links_page(study.root, uri)
+    records = json.loads((study.root / "results.json").read_text("utf-8"))["results"]
+    [experiment] = {tracking.client(uri).get_run(of["run"]).info.experiment_id for of in records if "run" in of}
+    for of in records:
+        if of["status"] == "done":
+            assert f"[run](http://127.0.0.1:5000/#/experiments/{experiment}/runs/{of['run']}) |" in page
+    assert f"`make serve RUN={study.root}`" in page and "table-2: [5 rows side by side](http://127.0.0.1" in page
+    assert "did not answer" in links_page(study.root, f"sqlite:///{tmp_path}/no/folder.db")
+    (tmp_path / "results.json").write_text(json.dumps({"results": [{"status": "failed"}]}))
+    assert f"`pasnet track send {tmp_path}`" in links_page(tmp_path, uri)
 
 
 def test_results_of_an_earlier_version_are_sent_and_shown_too(study: Study, tmp_path: Path) -> None:

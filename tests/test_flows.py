@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from test_caffe import public_tensors
+from test_fetch import Served, server  # noqa: F401 - a fixture
 
 from pasnet.config import FUSION_TITLES
 from pasnet.experiments import QUESTIONS
@@ -49,6 +52,7 @@ def test_every_fusion_style_and_a_second_run(home: Path, videos: Path, tmp_path:
     arguments = ("--data", str(data), "--out", "out", "--tables", "table-1", "table-2", "--fusions", *FUSION_TITLES)
     first = run_flow(home, tmp_path, *arguments)
     assert first.returncode == 0, first.stderr[-3000:]
+    assert "processes started; " in first.stdout and "of which none of its processes ran" in first.stdout
     assert "seconds: videos" in first.stdout and "1 set aside" in first.stdout
     study = results_of(tmp_path / "out")
     done = study["results"]
@@ -131,6 +135,52 @@ def test_a_killed_study_goes_on_where_it_was(home: Path, videos: Path, tmp_path:
     assert [record["epoch"] for record in json.loads(history.read_text())] == list(range(1, 121))
 
 
+FETCHING = """
+import dataclasses, sys
+from pasnet.registry import REGISTRY
+from shards.fetch import SOURCES, Archive, Source
+url = sys.argv[1]
+videos, lists = (Archive(name=name, urls=(f"{url}/{name}",)) for name in ("videos.zip", "lists.zip"))
+SOURCES["tiny"] = Source(name="tiny", videos=videos, splits=lists, terms="none", homepage="none")
+REGISTRY["pose"] = dataclasses.replace(REGISTRY["pose"], urls=(f"{url}/{REGISTRY['pose'].file}",), size=None, sha256="")
+from flows.__main__ import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_study_fetches_what_is_not_there(
+    home: Path,
+    videos: Path,
+    tmp_path: Path,
+    server: Served,  # noqa: F811
+) -> None:
+    """Archives and weights from a local server that breaks off once; the second run asks it for nothing."""
+    lists = next(path for path in videos.iterdir() if path.is_dir() and path.name != "videos")
+    for name, folder in (("videos", videos / "videos"), ("lists", lists)):
+        made = shutil.make_archive(str(tmp_path / name), "zip", folder.parent, folder.name)
+        server.files[f"{name}.zip"] = Path(made).read_bytes()
+    torch.save(public_tensors("pose"), tmp_path / "pose.pth")
+    server.files["body_pose_model.pth"] = (tmp_path / "pose.pth").read_bytes()
+    server.cuts = [200]  # of whichever is asked for first
+    env = {**os.environ, "PREFECT_HOME": str(home), "no_proxy": "127.0.0.1"}
+    env.pop("PREFECT_API_URL", None)
+    command = [sys.executable, "-c", FETCHING, server.url, "--preset", "tiny", "--data", "data/tiny", "--out", "out"]
+    command += ["--fusions", "A", "--pose-weights", "pose", "--fetch"]
+    ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-3000:]
+    assert "data/tiny: 12 videos, all that the split lists name" in ran.stdout and "== fetch" in ran.stdout
+    assert (tmp_path / "weights" / "body_pose_model.pth").read_bytes() == server.files["body_pose_model.pth"]
+    [record] = results_of(tmp_path / "out")["results"]
+    assert (record["status"], record["dataset"], record["missing"]) == ("done", "ucf-layout", 0)
+    asked = len(server.asked)
+    assert asked == 4 and sum(bool(start) for _, start, _ in server.asked) == 1  # three files, one of them resumed
+    again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and "epoch" not in again.stdout, again.stderr[-3000:]
+    assert len(server.asked) == asked
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -138,7 +188,7 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[dict[str, str]]:
+def prefect_server(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A Prefect server and a process worker on loopback; yields the environment that reaches them."""
     env = {
         **os.environ,
@@ -189,30 +239,32 @@ def wait_for(ready: Any, what: str, seconds: float) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_deployment_runs_through_a_server_and_a_worker(
-    server: dict[str, str], videos: Path, tmp_path: Path
+    prefect_server: dict[str, str], videos: Path, tmp_path: Path
 ) -> None:
-    deployed = prefect(server, "--no-prompt", "deploy", "--all", timeout=120)
+    deployed = prefect(prefect_server, "--no-prompt", "deploy", "--all", timeout=120)
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-    listed = prefect(server, "deployment", "ls").stdout
+    listed = prefect(prefect_server, "deployment", "ls").stdout
     for name in {"full-reproduction", "smoke", *QUESTIONS} - {"strategies"}:
         assert f"pasnet/{name}" in listed
 
-    refused = prefect(server, "deployment", "run", "pasnet/full-reproduction", "--param", "num_segments=0")
+    refused = prefect(prefect_server, "deployment", "run", "pasnet/full-reproduction", "--param", "num_segments=0")
     assert refused.returncode != 0 and "num_segments" in refused.stdout + refused.stderr
 
     absent = prefect(
-        server, "deployment", "run", "pasnet/table-5", "--param", 'data=["nowhere"]', "--watch", timeout=200
+        prefect_server, "deployment", "run", "pasnet/table-5", "--param", 'data=["nowhere"]', "--watch", timeout=200
     )
     assert absent.returncode != 0 and not (tmp_path / "out").exists()
     assert "data: there is no folder nowhere" in (tmp_path / "worker.log").read_text()
 
-    planned = prefect(server, "deployment", "run", "pasnet/table-1", "--param", "dry_run=true", "--watch", timeout=200)
+    planned = prefect(
+        prefect_server, "deployment", "run", "pasnet/table-1", "--param", "dry_run=true", "--watch", timeout=200
+    )
     assert planned.returncode == 0, planned.stdout[-2000:] + (tmp_path / "worker.log").read_text()[-3000:]
     assert "trainings, 0 of them done" in (tmp_path / "worker.log").read_text()
 
     parameters = {"preset": "tiny", "data": [str(videos)], "out": str(tmp_path / "out"), "tables": ["table-2"]}
     given = [word for name, value in parameters.items() for word in ("--param", f"{name}={json.dumps(value)}")]
-    ran = prefect(server, "deployment", "run", "pasnet/full-reproduction", *given, "--watch", timeout=500)
+    ran = prefect(prefect_server, "deployment", "run", "pasnet/full-reproduction", *given, "--watch", timeout=500)
     assert ran.returncode == 0 and "Completed" in ran.stdout, (
         ran.stdout[-2000:] + (tmp_path / "worker.log").read_text()[-3000:]
     )

@@ -35,6 +35,9 @@ def test_the_flow_and_the_model_have_the_same_parameters() -> None:
         ({"seeds": [1, 1]}, r"seeds: \[1, 1\] names one twice"),
         ({"data": []}, "data: is empty; give at least one, such as"),
         ({"data": ["nowhere/ucf101"]}, "no folder nowhere/ucf101 in .*`pasnet shards fetch ucf101`"),
+        ({"data": ["nowhere"], "fetch": True}, "no folder nowhere in"),
+        ({"mirrors": ["ftp://there"], "data": ["x/ucf101"], "fetch": True}, "mirrors: ftp://there is no http"),
+        ({"pose_weights": "pose"}, "weights/body_pose_model.pth: no such .*`pasnet weights fetch pose` downloads it"),
         ({"data": ["nowhere"]}, "no folder nowhere in .*; give the folder that holds videos/"),
         ({"workers": "many"}, "workers: 'many' is not a whole number, such as 2"),
         ({"dry_run": "maybe"}, "dry_run: 'maybe' is not true or false"),
@@ -54,6 +57,19 @@ def test_a_dry_run_needs_no_videos_of_the_official_sets() -> None:
     assert check({"data": ["nowhere/ucf101"], "dry_run": True}).study().data == ("nowhere/ucf101",)
     with pytest.raises(ParametersError, match="no folder nowhere"):
         check({"data": ["nowhere"], "dry_run": True})
+
+
+def test_what_will_be_fetched_need_not_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    asked = check({"data": ["data/ucf101", "own"], "fetch": True, "pose_weights": "pose"})
+    assert asked.datasets_to_fetch == ["data/ucf101"] and asked.weights_to_fetch == ["pose"]
+    assert asked.planned().pose_weights == ""  # not there yet, so a plan does without
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "body_pose_model.pth").write_bytes(b"")
+    assert asked.study().pose_weights == asked.planned().pose_weights == "weights/body_pose_model.pth"
+    assert check({"data": ["own"], "pose_weights": "pose"}).study().pose_weights == "weights/body_pose_model.pth"
+    assert not check({"data": ["own"]}).datasets_to_fetch
 
 
 def test_there_is_a_deployment_for_everything_and_each_is_valid() -> None:
