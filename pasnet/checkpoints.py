@@ -21,6 +21,8 @@ from pasnet.models.pasnet import PASNet, build
 # Part of every run's identity. Raise it when a change to networks, data or training changes what comes out, so that
 # finished runs are not taken for new ones.
 NUMERICS = 2
+# Datasets that have videos in common: an official one with itself, packed twice, and J-HMDB with what it is part of.
+SHARED_VIDEOS = ({"ucf101"}, {"hmdb51", "jhmdb"})
 
 
 def run_digest(config: TrainConfig, shard_digest: str, parent_digest: str) -> str:
@@ -28,6 +30,8 @@ def run_digest(config: TrainConfig, shard_digest: str, parent_digest: str) -> st
     often it is saved)."""
     values = to_dict(config)
     values["data"] |= {"shards": shard_digest, "workers": None}
+    if config.data.sampling == "segment":  # so that runs of before there was a choice keep their names
+        del values["data"]["sampling"]
     values["init"] |= {"parent": parent_digest, "pretrained": identity_of(config.init.pretrained)}
     for name in ("eco", "pose"):
         values["init"][name] = _content_of(values["init"][name])
@@ -56,7 +60,9 @@ def load_initial(model: PASNet, config: TrainConfig, shards: ShardSet) -> str:
         ["temporal.res3a_2."] if config.model.fusion.i_only == "new_res3a" and config.model.fusion.style == "I" else []
     )
     if config.init.parent:
-        parent = read_own_checkpoint(Path(config.init.parent), config, shards)["model"]
+        checkpoint = read_own_checkpoint(Path(config.init.parent), config, shards)
+        lines += _compared(Path(config.init.parent), checkpoint, config)
+        parent = checkpoint["model"]
         new = ["pose.", "fusion."] if not any(key.startswith("pose.") for key in parent) else ["fusion."]
         lines.append(weights.merge(state, parent, source=config.init.parent, may_miss=[*new, *remade]).summary())
         if any(key.startswith("pose.") for key in parent):
@@ -96,6 +102,27 @@ def load_initial(model: PASNet, config: TrainConfig, shards: ShardSet) -> str:
     elif pose:
         lines.append("pose: random start")
     return "\n".join(lines)
+
+
+def _compared(path: Path, checkpoint: dict[str, Any], config: TrainConfig) -> list[str]:
+    """In what a parent's own input differs from what it will get now, a line each. Raises WeightsError where it has
+    learnt from clips that this run keeps apart to choose by."""
+    theirs: TrainConfig = from_dict(TrainConfig, checkpoint["config"])
+    if theirs.data.held_out < config.data.held_out:
+        raise weights.WeightsError(
+            f"{path}: was trained with data.held_out={theirs.data.held_out:g}, and so on clips that this run holds out "
+            f"({config.data.held_out:g}) to choose by; train it with as much held out, or more"
+        )
+    pairs = {
+        "model.appearance_mean": (theirs.model.appearance_mean, config.model.appearance_mean),
+        "model.pose_input": (theirs.model.pose_input, config.model.pose_input),
+        "data.input_size": (theirs.data.input_size, config.data.input_size),
+        "data.num_segments": (theirs.data.num_segments, config.data.num_segments),
+        "data.sampling": (theirs.data.sampling, config.data.sampling),
+    }
+    if not theirs.model.needs_pose:
+        del pairs["model.pose_input"]
+    return [f"{path}: was trained with {name} {a}, this run has {b}" for name, (a, b) in pairs.items() if a != b]
 
 
 def read_own_checkpoint(
@@ -158,8 +185,12 @@ def read_pretrained(path: Path, shards: ShardSet) -> weights.StateDict:
     """The weights of a checkpoint of ours from another dataset (D0). Raises WeightsError when it is this one."""
     checkpoint = _read(path)
     _check_finished(path, checkpoint)
+    theirs, ours = checkpoint["data"]["dataset"], shards.manifest["dataset"]
     if checkpoint["data"]["digest"] == shards.digest:
         raise weights.WeightsError(f"{path}: was trained on this very dataset; give it as init.parent")
+    # packed anew it has another digest, and another split's training list holds this one's test videos
+    if any({theirs, ours} <= shared for shared in SHARED_VIDEOS):
+        raise weights.WeightsError(f"{path}: was trained on {theirs}, some of which are {ours}'s test videos")
     tensors: weights.StateDict = checkpoint["model"]
     return tensors
 

@@ -333,6 +333,16 @@ def _list_cost(rows: Sequence[Row], as_json: bool) -> None:
     print(f"clips/s: evaluation on {hardware()}" + ("" if speeds else "; run `python -m benchmarks.model_speed`"))
 
 
+_NOT_WITH_CONFIG = {  # options that make a config, and their defaults
+    "shards": None,
+    "preset": "full",
+    "fusion": "A",
+    "parent": "",
+    "eco_weights": "",
+    "pose_weights": "",
+}
+
+
 def _train(arguments: argparse.Namespace) -> None:
     from pasnet.config import (
         DataConfig,
@@ -352,6 +362,10 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.config:
         if not arguments.config.is_file():
             raise ConfigError(f"{arguments.config}: no such file")
+        given = {name: getattr(arguments, name) for name in _NOT_WITH_CONFIG}
+        unused = [f"--{name.replace('_', '-')}" for name, value in given.items() if value != _NOT_WITH_CONFIG[name]]
+        if unused:
+            raise ConfigError(f"{arguments.config} says all of {', '.join(unused)}; change it there, or with --set")
         try:
             values = json.loads(arguments.config.read_text("utf-8"))
         except ValueError as error:
@@ -407,6 +421,10 @@ def _pose_train(arguments: argparse.Namespace) -> None:
     if arguments.config:
         if not arguments.config.is_file():
             raise ConfigError(f"{arguments.config}: no such file")
+        given = {name: getattr(arguments, name) for name in _NOT_WITH_CONFIG}
+        unused = [f"--{name.replace('_', '-')}" for name, value in given.items() if value != _NOT_WITH_CONFIG[name]]
+        if unused:
+            raise ConfigError(f"{arguments.config} says all of {', '.join(unused)}; change it there, or with --set")
         try:
             values = json.loads(arguments.config.read_text("utf-8"))
         except ValueError as error:
@@ -437,6 +455,9 @@ def _accuracy(numbers: dict[str, float]) -> str:
 def _ensemble(arguments: argparse.Namespace) -> None:
     from pasnet.predictions import Predictions, ensemble, metrics, write_evaluation
 
+    out = arguments.out.resolve()
+    if taken := [path for path in arguments.predictions if path.resolve().parent == out]:
+        raise ConfigError(f"--out {arguments.out}: holds {taken[0].name}, a member, which it would replace")
     members = [Predictions.load(path) for path in arguments.predictions]
     fused = ensemble(members, arguments.mean, names=[str(path) for path in arguments.predictions])
     for path, member in zip(arguments.predictions, members, strict=True):

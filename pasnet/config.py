@@ -107,6 +107,7 @@ class DataConfig:
     shards: str  # folder made by `pasnet shards build`
     split: int = 1
     num_segments: int = 8  # K
+    sampling: Literal["segment", "eco_compatible"] = "segment"  # A19: K real-valued segments, or what ECO-pytorch took
     input_size: int = 224  # of the network; the field of view stays that of 224 in a 256-high frame
     crop: Literal["multiscale", "random"] = "multiscale"  # A18: ECO-pytorch's corner crops, or one size anywhere
     scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)

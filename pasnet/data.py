@@ -13,6 +13,7 @@ import collections
 import functools
 import hashlib
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from pasnet.config import ConfigError, DataConfig
-from shards import Batches, Clip, Clips, ShardSet, View, centre, clip_shape, open_shards, segment_indices
+from shards import Batches, Clip, Clips, ShardSet, View, centre, clip_shape, eco_indices, open_shards, segment_indices
 
 __all__ = [
     "Batch",
@@ -117,10 +118,18 @@ def rgb_of_planes(planes: Tensor, views: Tensor, frame_size: tuple[int, int], si
     return rgb.round_().clamp_(0, 255).to(torch.uint8)
 
 
+def _eco_indices(num_frames: int, num_segments: int, rng: np.random.Generator | None) -> np.ndarray:
+    """ECO-pytorch's own, which evaluates in its mode "val"."""
+    return eco_indices(num_frames, num_segments, "val" if rng is None else "train", rng)
+
+
+_SAMPLING = {"segment": segment_indices, "eco_compatible": _eco_indices}
+
+
 def _clips(shards: ShardSet, config: DataConfig, *, train: bool, seed: int, planes: bool = False) -> Clips:
     return Clips(
         shards,
-        functools.partial(segment_indices, num_segments=config.num_segments),
+        functools.partial(_SAMPLING[config.sampling], num_segments=config.num_segments),
         look=functools.partial(train_view, config=config) if train else centre,
         size=(config.input_size, config.input_size),
         colour="yuv" if planes else "rgb",
@@ -226,6 +235,7 @@ class Loader:
         }
         if workers:
             options["prefetch_factor"] = self.PREFETCH
+        self.waited = 0.0  # seconds that the workers' batches have been waited for; not what a device does with them
         self._ring: _Ring | None = None
         if planes or self.device.type == "cuda":
             slots = workers * self.PREFETCH + 2  # being filled, waiting, and the one in the caller's hands
@@ -250,6 +260,17 @@ class Loader:
                 if worker.is_alive():
                     worker.kill()
 
+    def _handed_over(self) -> Iterator[Any]:
+        started = time.perf_counter()
+        batches = iter(self._loader)
+        while True:
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+            started = time.perf_counter()
+
     def totals(self) -> list[int]:
         """How many clips each batch holds, over all processes."""
         return self._batches.totals()
@@ -258,7 +279,7 @@ class Loader:
         """The batches of one epoch, counted from 0, without the first `start`."""
         if self._ring is None:
             self._batches.epoch, self._batches.start = epoch, start
-            yield from self._loader
+            yield from self._handed_over()
             return
         for batch in self.planes(epoch, start):
             planes = batch.planes.to(self.device)  # not asynchronous: the slot is free again afterwards
@@ -269,7 +290,7 @@ class Loader:
         """As `epoch`, but whole frames and what to show of them."""
         assert self._ring is not None, "the loader was made without planes"
         self._batches.epoch, self._batches.start = epoch, start
-        for slot, clips, rows in self._loader:
+        for slot, clips, rows in self._handed_over():
             yield Planes(
                 self._ring.memory[slot, : len(rows)],
                 torch.tensor([clip.view for clip in clips]),

@@ -87,7 +87,7 @@ def predict(
     probabilities, labels, rows, frames = (column[order] for column in (probabilities, labels, rows, frames))
     if not np.array_equal(rows, np.sort(loader.rows)):
         raise EvaluationError(
-            f"{len(loader.rows)} test videos, but {len(rows)} clips of {len(set(rows))} videos were evaluated"
+            f"{len(loader.rows)} videos on the list, but {len(rows)} clips of {len(set(rows))} videos were evaluated"
         )
     if not np.isfinite(probabilities).all():
         bad = [keys[row] for row in rows[~np.isfinite(probabilities).all(1)][:3]]

@@ -159,20 +159,16 @@ def _replacing(path: Path) -> Iterator[Path]:
 def metrics(predictions: Predictions, *, resamples: int = 2000) -> dict[str, float]:
     """Percent: top1, top5, mean_class (mean of the classes' own top-1), and top1_low/top1_high, a 95 % bootstrap
     interval over test videos (it says nothing of the spread between trainings, and takes videos of one group for
-    independent). Also `videos`, how many. Raises PredictionsError where there is nothing to compute from."""
+    independent; left out with `resamples` 0). Also `videos`, how many. Raises PredictionsError where there is nothing
+    to compute from."""
     _check(predictions, "these predictions")
     top1, top5 = hits(predictions)
     per_class = [top1[predictions.labels == label].mean() for label in np.unique(predictions.labels)]
     n = len(top1)
-    draws = np.random.default_rng(0).integers(n, size=(resamples, n))
-    low, high = np.percentile(top1[draws].mean(1), [2.5, 97.5])
-    percent = {
-        "top1": top1.mean(),
-        "top5": top5.mean(),
-        "mean_class": np.mean(per_class),
-        "top1_low": low,
-        "top1_high": high,
-    }
+    percent = {"top1": top1.mean(), "top5": top5.mean(), "mean_class": np.mean(per_class)}
+    if resamples:
+        draws = np.random.default_rng(0).integers(n, size=(resamples, n))
+        percent["top1_low"], percent["top1_high"] = np.percentile(top1[draws].mean(1), [2.5, 97.5])
     return {**{name: round(100 * float(value), 4) for name, value in percent.items()}, "videos": n}
 
 

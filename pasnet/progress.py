@@ -11,9 +11,10 @@ from typing import Any
 class EpochBar:
     """Clips done and to do, clips/s, time left, loss, accuracy, and the share of the time spent waiting for data."""
 
-    def __init__(self, title: str, total: int, done: int, *, show: bool) -> None:
+    def __init__(self, title: str, total: int, done: int, waited: float, *, show: bool) -> None:
+        """`done` clips of `total`, and `waited` seconds for data, are from before a resumption."""
         self._bar: Any = None
-        self._first, self._started = done, time.perf_counter()
+        self._first, self._waited, self._started = done, waited, time.perf_counter()
         if show and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -34,9 +35,9 @@ class EpochBar:
             self._bar.stop()
 
     def show(self, seen: int, loss: float, top1: float, waited: float) -> None:
-        """`seen` clips so far, their mean loss and accuracy in percent, and seconds waited for data."""
+        """`seen` clips so far, their mean loss and accuracy in percent, and seconds waited for data in all."""
         if self._bar:
             seconds = max(time.perf_counter() - self._started, 1e-9)
-            rate = (seen - self._first) / seconds
-            now = f"{rate:.1f} clips/s  loss {loss:.3f}  top-1 {top1:.1f} %  data wait {100 * waited / seconds:.0f} %"
+            rate, wait = (seen - self._first) / seconds, 100 * (waited - self._waited) / seconds
+            now = f"{rate:.1f} clips/s  loss {loss:.3f}  top-1 {top1:.1f} %  data wait {wait:.0f} %"
             self._bar.update(self._task, completed=seen, now=now)

@@ -60,6 +60,7 @@ class Tally:
     hits: int = 0
     seconds: float = 0.0  # spent on it
     waited: float = 0.0  # of those, for the loader
+    saving: float = 0.0  # besides, on checkpoints
 
 
 def train(config: TrainConfig, out: Path, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
@@ -87,6 +88,10 @@ def _train(
     if config.model.num_classes != len(shards.class_names):
         raise ConfigError(f"model.num_classes is {config.model.num_classes}, the shards have {len(shards.class_names)}")
     micro = micro_batch(optim, team.world)
+    if micro < min(optim.micro_batch, optim.batch) and optim.bn_mode != "frozen" and not optim.sync_bn:
+        team.say(
+            f"batch norm sees {micro} clips at a time in each of {team.world} processes, in one alone it sees more"
+        )
     if optim.sync_bn and team.world > 1 and device.type != "cuda":
         raise ConfigError("optim.sync_bn needs GPUs: torch has no synchronised batch norm for CPUs")
     for start in filter(None, (config.init.parent, config.init.pretrained)):
@@ -141,7 +146,7 @@ def _train(
         group["base_lr"] = group["lr"]
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")  # type: ignore[attr-defined]
     history: list[dict[str, Any]] = []
-    tally = Tally(world=team.world)
+    tally, made_by = Tally(world=team.world), commit()
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -155,7 +160,11 @@ def _train(
             _write(out / "history.json", json.dumps(history, indent=1))
             if on_epoch:
                 on_epoch(history[-1])
-        team.say(f"going on after epoch {len(history)} of {optim.epochs} and {tally.seen} clips of the next")
+        if len(history) < optim.epochs:
+            team.say(f"going on after epoch {len(history)} of {optim.epochs} and {tally.seen} clips of the next")
+        elif (out / "done.json").is_file():  # with the device and commit that it was trained with
+            finished: dict[str, Any] = json.loads((out / "done.json").read_text("utf-8"))
+            return finished
     if len(set(team.gather((identity, len(history), tally.batches)))) > 1:
         raise ConfigError(
             f"{out}: the processes find different states there; it must be on a disk that all of them see"
@@ -168,6 +177,7 @@ def _train(
 
     def save(within: Tally | None) -> None:
         nonlocal saved
+        started = time.perf_counter()
         if team.main:
             checkpoints.save(
                 out / "last.pt",
@@ -181,6 +191,7 @@ def _train(
                 within=asdict(within) if within else None,
             )
         saved = time.monotonic()
+        tally.saving += time.perf_counter() - started
 
     def interrupt() -> None:  # of an evaluation; several processes would wait for each other, and finish it
         if stop.is_set() and team.world == 1:
@@ -188,18 +199,17 @@ def _train(
             raise StoppedError("stopped in the evaluation of an epoch; start again to go on")
 
     def evaluate(on: Loader) -> dict[str, float]:
-        return metrics(predict(model, on, shards.keys, team, config.precision, interrupt))
+        return metrics(predict(model, on, shards.keys, team, config.precision, interrupt), resamples=0)
 
     for epoch in range(len(history), optim.epochs):
         lr = optim.lr * lr_scale_at(epoch, optim, history)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr / optim.lr
         set_train_mode(model, optim)
-        number, step = tally.batches, Step(started=time.perf_counter())
+        number, step = tally.batches, Step(started=time.perf_counter(), waited=train_loader.waited)
         title = f"epoch {epoch + 1}/{optim.epochs}"
-        with EpochBar(title, sum(totals), tally.seen, show=team.main) as bar:
+        with EpochBar(title, sum(totals), tally.seen, tally.waited, show=team.main) as bar:
             for batch in train_loader.epoch(epoch, start=number):
-                step.waited += time.perf_counter() - step.pending
                 first = number // each * each
                 clips_in_step = sum(totals[first : first + each])
                 step_ends = number + 1 == min(first + each, len(totals))
@@ -220,7 +230,7 @@ def _train(
                     due = time.monotonic() - saved >= 60 * config.checkpoint_minutes and number < len(totals)
                     # a step with an infinite gradient is left out, and the scale halved; below 1 that is no cure
                     may_skip = scaler.is_enabled() and scaler.get_scale() >= 1
-                    # the one place where the CPU waits for a GPU, and a process for the others
+                    # where the CPU waits for a GPU (which it also does to copy clips), and a process for the others
                     closed = _close(step, norm, keys=shards.keys, scaled=may_skip, stop=stop, due=due, team=team)
                     if closed.broken:
                         raise _not_finite(closed, title, lr, out, team)
@@ -230,17 +240,21 @@ def _train(
                     tally.batches, tally.seen = number, tally.seen + clips_in_step
                     tally.loss, tally.hits = tally.loss + closed.loss, tally.hits + closed.hits
                     tally.seconds += time.perf_counter() - step.started
-                    tally.waited += step.waited
+                    tally.waited += train_loader.waited - step.waited
                     bar.show(tally.seen, tally.loss / tally.seen, 100 * tally.hits / tally.seen, tally.waited)
                     if closed.due or closed.stop:
                         save(tally)
                     if closed.stop:
                         raise StoppedError(f"stopped in {title} after {tally.seen} clips; start again to go on")
-                    step = Step(started=time.perf_counter())
-                step.pending = time.perf_counter()
+                    step = Step(started=time.perf_counter(), waited=train_loader.waited)
 
-        started = time.perf_counter()
         team.share_buffers(model)
+        # A kill must not cost more than the interval, and the evaluation may be as long. Several processes cannot leave
+        # theirs in the middle, and whoever asks them to stop may not wait for its end.
+        expected = history[-1].get("evaluation_seconds", 0.0) if history else math.inf
+        if team.world > 1 or time.monotonic() - saved + expected >= 60 * config.checkpoint_minutes:
+            save(tally)
+        started = time.perf_counter()
         held_out = evaluate(held_out_loader) if held_out_loader else None
         test = evaluate(test_loader)
         record = {
@@ -253,8 +267,11 @@ def _train(
             "test_top5": test["top5"],
             "clips_per_second": tally.seen / tally.seconds,
             "data_wait": tally.waited / tally.seconds,  # share of the training time spent waiting for the loader
-            "seconds": tally.seconds + time.perf_counter() - started,
+            "evaluation_seconds": (evaluating := time.perf_counter() - started),
+            "seconds": tally.seconds + tally.saving + evaluating,
             "processes": team.world,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+            "commit": made_by,
             **({"gpu_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}),
         }
         history.append(record)
@@ -273,13 +290,14 @@ def _train(
         "best_on_test": _best(history, "test_top1"),
         **({"best_on_held_out": _best(history, "held_out_top1")} if held_out_loader else {}),
         "seconds": sum(record["seconds"] for record in history),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "device": _all_of(history, "device"),
         "processes": team.world,
-        "commit": commit(),
+        "commit": _all_of(history, "commit"),
         **versions(),
     }
     if team.main:
         _write(out / "done.json", json.dumps(result, indent=1))
+        (out / "failure.json").unlink(missing_ok=True)  # of an attempt before this one
     return result
 
 
@@ -288,11 +306,9 @@ class Step:
     """The parts of the optimiser step under way: (batch, sum of losses, hits), still on the device."""
 
     started: float
-    pending: float = 0.0  # since when the loader is being waited for
-    waited: float = 0.0
+    waited: float  # what the loader had been waited for when it started
 
     def __post_init__(self) -> None:
-        self.pending = self.started
         self.parts: list[tuple[Batch, Tensor, Tensor]] = []
 
 
@@ -396,7 +412,7 @@ def describe(record: dict[str, Any], epochs: int) -> str:
     memory = f"  {record['gpu_gib']:.1f} GiB" if "gpu_gib" in record else ""
     return (
         f"epoch {record['epoch']:>3}/{epochs}  loss {record['train_loss']:.4f}  train {record['train_top1']:5.1f} %  "
-        f"{held_out}test {record['test_top1']:5.1f} %  lr {record['lr']:.0e}  "
+        f"{held_out}test {record['test_top1']:5.1f} %  lr {record['lr']:.3g}  "
         f"{record['clips_per_second']:.1f} clips/s  data wait {100 * record['data_wait']:.0f} %{memory}  "
         f"{record['seconds']:.1f} s, {_duration(left)} left"
     )
@@ -464,6 +480,11 @@ def stop_signal() -> Iterator[threading.Event]:
 def _seed_at(seed: int, epoch: int, number: int, rank: int) -> int:
     text = f"{seed} {epoch} {number} {rank}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1  # torch takes 63 bits
+
+
+def _all_of(history: list[dict[str, Any]], name: str) -> str:
+    """What the epochs were trained with, in their order; those of before did not say."""
+    return ", ".join(dict.fromkeys(record[name] for record in history if name in record))
 
 
 def _best(history: list[dict[str, Any]], by: str) -> dict[str, Any]:

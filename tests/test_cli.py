@@ -13,6 +13,7 @@ import pytest
 
 from flows.__main__ import main as flows_main
 from pasnet.cli import main
+from pasnet.progress import EpochBar
 
 
 def heavy_imports(module: str) -> set[str]:
@@ -201,3 +202,29 @@ def test_an_unreachable_tracking_server_does_not_stop_a_training(
     assert main([*arguments, "--tracking-uri", "http://127.0.0.1:9"]) == 0
     assert (tmp_path / "done.json").is_file() and time.monotonic() - started < 60
     assert "MLflow at http://127.0.0.1:9 is not reachable" in capsys.readouterr().err
+
+
+def test_a_config_says_all_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.json").write_text("{}")
+    command = ["train", "--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "out")]
+    assert main([*command, "--parent", "eco/last.pt", "--fusion", "I"]) == 2
+    assert "c.json says all of --fusion, --parent; change it there, or with --set" in capsys.readouterr().err
+
+
+def test_an_ensemble_replaces_no_member(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a").mkdir()
+    member = tmp_path / "a" / "predictions.parquet"
+    member.write_bytes(b"mine")
+    assert main(["ensemble", str(member), "--out", f"{tmp_path}/b/../a"]) == 2
+    assert "holds predictions.parquet, a member" in capsys.readouterr().err and member.read_bytes() == b"mine"
+
+
+def test_a_bar_counts_only_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on within an epoch has waited before this process began."""
+    shown: list[str] = []
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    bar = EpochBar("epoch", 100, 50, 900.0, show=True)
+    monkeypatch.setattr(bar._bar, "update", lambda task, completed, now: shown.append(now))
+    bar._started -= 10.0
+    bar.show(60, 1.0, 50.0, 901.0)
+    assert "1.0 clips/s" in shown[0] and "data wait 10 %" in shown[0]

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from pasnet.checkpoints import run_digest
+from pasnet import train as training
+from pasnet.checkpoints import read_pretrained, run_digest
 from pasnet.config import (
     ConfigError,
     DataConfig,
@@ -307,6 +308,102 @@ class TestLoop:
         with pytest.raises(WeightsError, match="was trained on split 1, this run is on 2"):
             train(replace(config, init), tmp_path / "two")
 
+    def test_a_parent_that_knows_the_held_out_clips_is_refused(self, config: TrainConfig, tmp_path: Path) -> None:
+        config = replace(config, {"optim.epochs": 1})
+        train(config, tmp_path / "all")
+        train(replace(config, {"data.held_out": 0.3}), tmp_path / "some")
+        held_out = {"data.held_out": 0.2, "optim.schedule": "plateau_on_held_out"}
+        with pytest.raises(WeightsError, match=r"trained with data.held_out=0, .*this run holds out \(0.2\)"):
+            train(replace(config, {**held_out, "init.parent": str(tmp_path / "all" / "last.pt")}), tmp_path / "a")
+        train(replace(config, {**held_out, "init.parent": str(tmp_path / "some" / "last.pt")}), tmp_path / "b")
+
+    def test_what_a_parent_saw_otherwise_is_said(self, config: TrainConfig, tmp_path: Path) -> None:
+        config = replace(config, {"optim.epochs": 1})
+        train(replace(config, {"model.appearance_mean": (104.0, 117.0, 123.0)}), tmp_path / "one")
+        start = {"init.parent": str(tmp_path / "one" / "last.pt")}
+        train(replace(config, {**start, "data.num_segments": 2, "data.sampling": "eco_compatible"}), tmp_path / "two")
+        report = (tmp_path / "two" / "load_report.txt").read_text()
+        for line in (
+            "model.appearance_mean (104.0, 117.0, 123.0), this run has (104.0, 117.0, 128.0)",
+            "data.num_segments 3, this run has 2",
+            "data.sampling segment, this run has eco_compatible",
+        ):
+            assert line in report
+        assert "pose_input" not in report and "input_size" not in report
+
+    def test_an_official_set_is_no_other_set_when_it_is_packed_anew(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        train(replace(config, {"optim.epochs": 1}), tmp_path / "one")
+        shards, path = open_shards(Path(config.data.shards)), tmp_path / "one" / "last.pt"
+        found = torch.load(path, weights_only=True)
+        for theirs, ours, refused in (
+            ("ucf101", "ucf101", True),
+            ("hmdb51", "jhmdb", True),
+            ("ucf101", "hmdb51", False),
+            ("ucf-layout", "ucf-layout", False),  # a name that any folder has
+        ):
+            torch.save({**found, "data": {**found["data"], "dataset": theirs, "digest": "another"}}, path)
+            monkeypatch.setitem(shards.manifest, "dataset", ours)
+            if refused:
+                with pytest.raises(WeightsError, match=f"trained on {theirs}, some of which are {ours}'s test videos"):
+                    read_pretrained(path, shards)
+            else:
+                assert read_pretrained(path, shards)
+
+    def test_an_evaluation_that_is_killed_costs_no_training(self, config: TrainConfig, tmp_path: Path) -> None:
+        """The first one, of which nobody knows how long it takes, and any that could outlast the interval."""
+        for interval, saved_before in ((1e6, (True, False)), (0.0, (True, True))):
+            out = tmp_path / str(interval)
+            config = replace(config, {"checkpoint_minutes": interval})
+            seen: list[Any] = []
+
+            def looking(*arguments: Any, out: Path = out, seen: list[Any] = seen, **options: Any) -> Predictions:
+                path = out / "last.pt"
+                found = torch.load(path, weights_only=True) if path.is_file() else {"history": [], "within": None}
+                seen.append((len(found["history"]), found["within"] and found["within"]["seen"]))
+                return predict(*arguments, **options)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(training, "predict", looking)
+                train(config, out)
+            clips = len(open_shards(Path(config.data.shards)).select(1, "train"))
+            assert seen == [(0, clips), (1, clips if saved_before[1] else None)]
+
+    def test_a_finished_run_says_what_it_was_made_with(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stop(record: dict[str, Any]) -> None:
+            raise StopError
+
+        monkeypatch.setattr(training, "commit", lambda: "first")
+        with pytest.raises(StopError):
+            train(config, tmp_path, stop)
+        (tmp_path / "failure.json").write_text("{}")  # of an attempt before
+        monkeypatch.setattr(training, "commit", lambda: "second")
+        assert train(config, tmp_path)["commit"] == "first, second"
+        assert not (tmp_path / "failure.json").exists()
+        done = (tmp_path / "done.json").read_bytes()
+        monkeypatch.setattr(training, "commit", lambda: "third")
+        assert train(config, tmp_path)["commit"] == "first, second" and (tmp_path / "done.json").read_bytes() == done
+
+    def test_sampling_is_a_choice_that_changes_no_older_name(self, config: TrainConfig) -> None:
+        shards = open_shards(Path(config.data.shards))
+        eco = replace(
+            config, {"data.sampling": "eco_compatible", "data.num_segments": 20}
+        )  # more than there are frames
+        batch = next(iter(Loader(shards, eco.data, subset="test", batch=1, seed=0).epoch(0)))
+        assert batch.frames.tolist() == [[0] * 20]  # ECO-pytorch's answer to short videos
+        ours = next(
+            iter(
+                Loader(shards, replace(eco, {"data.sampling": "segment"}).data, subset="test", batch=1, seed=0).epoch(0)
+            )
+        )
+        assert len(set(ours.frames[0].tolist())) > 4
+        assert run_digest(eco, "d", "") != run_digest(replace(eco, {"data.sampling": "segment"}), "d", "")
+        # the name that this configuration had before there was a choice
+        assert run_digest(replace(config, {"data.shards": "x"}), "d", "") == "1d0431064f04"
+
     def test_a_folder_of_another_run_is_refused(self, config: TrainConfig, tmp_path: Path) -> None:
         train(replace(config, {"optim.epochs": 1}), tmp_path)
         with pytest.raises(ConfigError, match="is a run with other settings"):
@@ -370,7 +467,7 @@ class TestEvaluation:
         shards = open_shards(Path(config.data.shards))
         loader = Loader(shards, config.data, subset="test", batch=1, seed=0)
         loader._batches.rows = loader.rows[:-1]
-        with pytest.raises(EvaluationError, match="3 test videos, but 2 clips of 2 videos"):
+        with pytest.raises(EvaluationError, match="3 videos on the list, but 2 clips of 2 videos"):
             predict(build(config.model), loader, shards.keys, ALONE, "fp32")
 
     def test_nan_stops_the_report(self, config: TrainConfig) -> None:
