@@ -25,6 +25,7 @@ from pasnet.predictions import (
     metrics,
     write_evaluation,
 )
+from pasnet.progress import ClipBar
 
 __all__ = [
     "EvaluationError",
@@ -69,17 +70,19 @@ def predict(
     """
     model.eval()
     fast = for_evaluation(model, precision, len(loader.rows))
-    parts = []
-    for batch in loader.epoch(0):
-        if interrupt:
-            interrupt()
-        clips = batch.clips.to(team.device, non_blocking=True)
-        if fast is not None:
-            logits = fast(clips)
-        else:
-            with autocast(team.device, precision):
-                logits = model(clips)
-        parts.append((logits.float().softmax(1), batch.labels.numpy(), batch.rows.numpy(), batch.frames.numpy()))
+    parts, totals = [], loader.totals()
+    with ClipBar("evaluation", sum(totals), show=team.main) as bar:
+        for number, batch in enumerate(loader.epoch(0)):
+            if interrupt:
+                interrupt()
+            clips = batch.clips.to(team.device, non_blocking=True)
+            if fast is not None:
+                logits = fast(clips)
+            else:
+                with autocast(team.device, precision):
+                    logits = model(clips)
+            parts.append((logits.float().softmax(1), batch.labels.numpy(), batch.rows.numpy(), batch.frames.numpy()))
+            bar.show(sum(totals[: number + 1]))
     mine = [(part[0].cpu().numpy(), *part[1:]) for part in parts]
     everyone = [part for parts in team.gather(mine) for part in parts]
     probabilities, labels, rows, frames = (np.concatenate(column) for column in zip(*everyone, strict=True))

@@ -1,20 +1,20 @@
-"""A bar for the epoch that is under way, on a terminal; elsewhere nothing, where each epoch prints its line."""
+"""Bars for the epoch or evaluation that is under way, on a terminal; elsewhere nothing: each epoch prints its line."""
 
 from __future__ import annotations
 
 import sys
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 
-class EpochBar:
-    """Clips done and to do, clips/s, time left, loss, accuracy, and the share of the time spent waiting for data."""
+class ClipBar:
+    """Clips done and to do, clips/s, time left."""
 
-    def __init__(self, title: str, total: int, done: int, waited: float, *, show: bool) -> None:
-        """`done` clips of `total`, and `waited` seconds for data, are from before a resumption."""
+    def __init__(self, title: str, total: int, done: int = 0, *, show: bool) -> None:
+        """`done` clips of `total` are from before a resumption."""
         self._bar: Any = None
-        self._first, self._waited, self._started = done, waited, time.perf_counter()
+        self._first, self._started = done, time.perf_counter()
         if show and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,7 +25,7 @@ class EpochBar:
             )
             self._task = self._bar.add_task("", total=total, completed=done, now="")
 
-    def __enter__(self) -> EpochBar:
+    def __enter__(self) -> Self:
         if self._bar:
             self._bar.start()
         return self
@@ -34,10 +34,22 @@ class EpochBar:
         if self._bar:
             self._bar.stop()
 
-    def show(self, seen: int, loss: float, top1: float, waited: float) -> None:
-        """`seen` clips so far, their mean loss and accuracy in percent, and seconds waited for data in all."""
+    def show(self, seen: int, more: str = "") -> None:
+        """`seen` clips so far, and what else there is to say."""
         if self._bar:
-            seconds = max(time.perf_counter() - self._started, 1e-9)
-            rate, wait = (seen - self._first) / seconds, 100 * (waited - self._waited) / seconds
-            now = f"{rate:.1f} clips/s  loss {loss:.3f}  top-1 {top1:.1f} %  data wait {wait:.0f} %"
-            self._bar.update(self._task, completed=seen, now=now)
+            rate = (seen - self._first) / max(time.perf_counter() - self._started, 1e-9)
+            self._bar.update(self._task, completed=seen, now=f"{rate:.1f} clips/s{more}")
+
+
+class EpochBar(ClipBar):
+    """With loss, accuracy, and the share of the time spent waiting for data."""
+
+    def __init__(self, title: str, total: int, done: int, waited: float, *, show: bool) -> None:
+        """`done` clips of `total`, and `waited` seconds for data, are from before a resumption."""
+        super().__init__(title, total, done, show=show)
+        self._waited = waited
+
+    def close_step(self, seen: int, loss: float, top1: float, waited: float) -> None:
+        """`seen` clips so far, their mean loss and accuracy in percent, and seconds waited for data in all."""
+        wait = (waited - self._waited) / max(time.perf_counter() - self._started, 1e-9)
+        self.show(seen, f"  loss {loss:.3f}  top-1 {top1:.1f} %  data wait {100 * wait:.0f} %")

@@ -241,7 +241,7 @@ def _train(
                     tally.loss, tally.hits = tally.loss + closed.loss, tally.hits + closed.hits
                     tally.seconds += time.perf_counter() - step.started
                     tally.waited += train_loader.waited - step.waited
-                    bar.show(tally.seen, tally.loss / tally.seen, 100 * tally.hits / tally.seen, tally.waited)
+                    bar.close_step(tally.seen, tally.loss / tally.seen, 100 * tally.hits / tally.seen, tally.waited)
                     if closed.due or closed.stop:
                         save(tally)
                     if closed.stop:

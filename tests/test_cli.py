@@ -226,5 +226,5 @@ def test_a_bar_counts_only_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None
     bar = EpochBar("epoch", 100, 50, 900.0, show=True)
     monkeypatch.setattr(bar._bar, "update", lambda task, completed, now: shown.append(now))
     bar._started -= 10.0
-    bar.show(60, 1.0, 50.0, 901.0)
+    bar.close_step(60, 1.0, 50.0, 901.0)
     assert "1.0 clips/s" in shown[0] and "data wait 10 %" in shown[0]

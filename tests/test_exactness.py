@@ -42,7 +42,7 @@ def config(shard_folder: Path) -> TrainConfig:
 def state_of(folder: Path) -> dict[str, Any]:
     """All that a checkpoint holds but what the clock has put there."""
     state = torch.load(folder / "last.pt", weights_only=True)
-    timed = ("clips_per_second", "data_wait", "seconds")
+    timed = ("clips_per_second", "data_wait", "evaluation_seconds", "seconds")
     history = [{k: v for k, v in record.items() if k not in timed} for record in state["history"]]
     return {name: state[name] for name in ("model", "optimizer", "within", "identity")} | {"history": history}
 
