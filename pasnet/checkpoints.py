@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from pasnet import weights
-from pasnet.config import ConfigError, TrainConfig, digest, from_dict, to_dict
-from pasnet.data import ShardSet
+from pasnet.config import ConfigError, TrainConfig, digest, flatten, from_dict, to_dict
+from pasnet.data import ShardSet, rows_of
 from pasnet.models.pasnet import PASNet, build
 
 # Part of every run's identity. Raise it when a change to networks, data or training changes what comes out, so that
@@ -61,7 +61,7 @@ def load_initial(model: PASNet, config: TrainConfig, shards: ShardSet) -> str:
     )
     if config.init.parent:
         checkpoint = read_own_checkpoint(Path(config.init.parent), config, shards)
-        lines += _compared(Path(config.init.parent), checkpoint, config)
+        lines += _compared(Path(config.init.parent), checkpoint, config, shards)
         parent = checkpoint["model"]
         new = ["pose.", "fusion."] if not any(key.startswith("pose.") for key in parent) else ["fusion."]
         lines.append(weights.merge(state, parent, source=config.init.parent, may_miss=[*new, *remade]).summary())
@@ -85,6 +85,11 @@ def load_initial(model: PASNet, config: TrainConfig, shards: ShardSet) -> str:
         head = start.tensors.get("head.weight")
         # a head of other classes, such as Kinetics' 400, is trained anew
         other = ["head."] if head is not None and len(head) != config.model.num_classes else []
+        if head is not None and not other:
+            lines.append(
+                f"{config.init.eco}: its head, of {len(head)} classes, is kept. If it was finetuned on this set: in "
+                "which order are its classes, and was its split this one? Other splits train on this one's test videos"
+            )
         may_miss = [*start.may_miss, *other, *remade]
         lines.append(weights.merge(ours, start.tensors, source=config.init.eco, may_miss=may_miss).details())
         frames = start.checkpoint.preprocessing
@@ -104,14 +109,15 @@ def load_initial(model: PASNet, config: TrainConfig, shards: ShardSet) -> str:
     return "\n".join(lines)
 
 
-def _compared(path: Path, checkpoint: dict[str, Any], config: TrainConfig) -> list[str]:
+def _compared(path: Path, checkpoint: dict[str, Any], config: TrainConfig, shards: ShardSet) -> list[str]:
     """In what a parent's own input differs from what it will get now, a line each. Raises WeightsError where it has
     learnt from clips that this run keeps apart to choose by."""
     theirs: TrainConfig = from_dict(TrainConfig, checkpoint["config"])
-    if theirs.data.held_out < config.data.held_out:
+    ours, known = (set(rows_of(shards, each.data, "held_out").tolist()) for each in (config, theirs))
+    if not ours <= known:
         raise weights.WeightsError(
             f"{path}: was trained with data.held_out={theirs.data.held_out:g}, and so on clips that this run holds out "
-            f"({config.data.held_out:g}) to choose by; train it with as much held out, or more"
+            f"({config.data.held_out:g}) to choose by; train it with as much held out"
         )
     pairs = {
         "model.appearance_mean": (theirs.model.appearance_mean, config.model.appearance_mean),
@@ -157,7 +163,12 @@ def resume(path: Path, config: TrainConfig, shards: ShardSet, identity: str) -> 
         return None
     checkpoint = read_own_checkpoint(path, config, shards, finished=False)
     if checkpoint["identity"] != identity:
-        raise ConfigError(f"{path}: is a run with other settings; give another folder, or remove this one")
+        theirs, ours = flatten(checkpoint["config"]), flatten(json.loads(json.dumps(to_dict(config))))
+        differ = [f"{name} {theirs.get(name)}, now {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
+        raise ConfigError(
+            f"{path}: is a run with other settings ({'; '.join(differ[:5]) or 'other weights to start from'}); "
+            "give another folder"
+        )
     return checkpoint
 
 
@@ -190,7 +201,10 @@ def read_pretrained(path: Path, shards: ShardSet) -> weights.StateDict:
         raise weights.WeightsError(f"{path}: was trained on this very dataset; give it as init.parent")
     # packed anew it has another digest, and another split's training list holds this one's test videos
     if any({theirs, ours} <= shared for shared in SHARED_VIDEOS):
-        raise weights.WeightsError(f"{path}: was trained on {theirs}, some of which are {ours}'s test videos")
+        raise weights.WeightsError(
+            f"{path}: was trained on {theirs}, whose training videos include some of {ours}'s test videos in one split "
+            "or another; D0 must be another set"
+        )
     tensors: weights.StateDict = checkpoint["model"]
     return tensors
 

@@ -410,7 +410,7 @@ def _train(arguments: argparse.Namespace) -> None:
         log_model=arguments.log_model,
     ) as live:
         result = train(config, arguments.out, live.epoch)
-    print(f"last epoch: test top-1 {result['last']['test_top1']:.2f} %  ({arguments.out / 'last.pt'})")
+    _say(f"last epoch: test top-1 {result['last']['test_top1']:.2f} %  ({arguments.out / 'last.pt'})")
 
 
 def _pose_train(arguments: argparse.Namespace) -> None:
@@ -421,10 +421,6 @@ def _pose_train(arguments: argparse.Namespace) -> None:
     if arguments.config:
         if not arguments.config.is_file():
             raise ConfigError(f"{arguments.config}: no such file")
-        given = {name: getattr(arguments, name) for name in _NOT_WITH_CONFIG}
-        unused = [f"--{name.replace('_', '-')}" for name, value in given.items() if value != _NOT_WITH_CONFIG[name]]
-        if unused:
-            raise ConfigError(f"{arguments.config} says all of {', '.join(unused)}; change it there, or with --set")
         try:
             values = json.loads(arguments.config.read_text("utf-8"))
         except ValueError as error:
@@ -442,7 +438,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from pasnet.train import evaluate_checkpoint
 
     numbers = evaluate_checkpoint(arguments.checkpoint, arguments.shards, arguments.out)
-    print(_accuracy(numbers))
+    _say(_accuracy(numbers))
+
+
+def _say(line: str) -> None:
+    """Prints, of torchrun's processes in the first one only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
 
 
 def _accuracy(numbers: dict[str, float]) -> str:

@@ -187,8 +187,9 @@ def _collate(items: list[tuple[Tensor, int, int, np.ndarray]]) -> Batch:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """A SIGTERM to the whole group is the training's to answer, which needs its workers until the step is over."""
+    """A signal to the whole group is the training's to answer, which needs its workers until the step is over."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

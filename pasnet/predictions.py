@@ -151,6 +151,8 @@ def _replacing(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield unfinished
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())  # a rename may reach the disk before the content does
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -94,9 +94,11 @@ def _train(
         )
     if optim.sync_bn and team.world > 1 and device.type != "cuda":
         raise ConfigError("optim.sync_bn needs GPUs: torch has no synchronised batch norm for CPUs")
-    for start in filter(None, (config.init.parent, config.init.pretrained)):
+    own = (config.init.parent, config.init.pretrained)
+    for start in filter(None, (*own, config.init.eco, config.init.pose)):
         if not Path(start).is_file():  # else its path would stand for it in this run's identity
-            raise WeightsError(f"{start}: no such checkpoint; train it first")
+            fix = "train it first" if start in own else "give its place of today; a run knows it by its content"
+            raise WeightsError(f"{start}: no such file; {fix}")
     if team.main:
         out.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_alone_in(out))
@@ -115,6 +117,11 @@ def _train(
         return stack.enter_context(closing(made))
 
     train_loader, test_loader = loader("train"), loader("test")
+    lengths = shards.num_frames[train_loader.rows]
+    if (short := (lengths < config.data.num_segments).mean()) > 0.01:
+        team.say(
+            f"{short:.0%} of the training videos have fewer frames than K = {config.data.num_segments}: they repeat"
+        )
     held_out_loader = loader("held_out") if config.data.held_out else None
 
     torch.manual_seed(config.seed)
@@ -193,8 +200,12 @@ def _train(
         saved = time.monotonic()
         tally.saving += time.perf_counter() - started
 
-    def interrupt() -> None:  # of an evaluation; several processes would wait for each other, and finish it
-        if stop.is_set() and team.world == 1:
+    asked = 0
+
+    def interrupt() -> None:  # of an evaluation; every process has as many batches, and they leave it together
+        nonlocal asked
+        asked += 1
+        if (team.world == 1 or asked % 8 == 0) and any(team.gather(stop.is_set())):
             save(tally)
             raise StoppedError("stopped in the evaluation of an epoch; start again to go on")
 
@@ -249,10 +260,9 @@ def _train(
                     step = Step(started=time.perf_counter(), waited=train_loader.waited)
 
         team.share_buffers(model)
-        # A kill must not cost more than the interval, and the evaluation may be as long. Several processes cannot leave
-        # theirs in the middle, and whoever asks them to stop may not wait for its end.
+        # a kill must not cost more training than the interval, and the evaluation may be as long
         expected = history[-1].get("evaluation_seconds", 0.0) if history else math.inf
-        if team.world > 1 or time.monotonic() - saved + expected >= 60 * config.checkpoint_minutes:
+        if time.monotonic() - saved + expected >= 60 * config.checkpoint_minutes:
             save(tally)
         started = time.perf_counter()
         held_out = evaluate(held_out_loader) if held_out_loader else None
@@ -350,7 +360,8 @@ def _close(
 
 def _not_finite(closed: Closed, where: str, lr: float, out: Path, team: Processes) -> TrainingError:
     """The error, after its circumstances are on record."""
-    record = {"where": where, "lr": lr, "loss": closed.loss, "gradient_norm": closed.norm, "clips": closed.bad}
+    numbers = {"loss": str(closed.loss), "gradient_norm": str(closed.norm)}  # JSON has no NaN
+    record = {"where": where, "lr": lr, **numbers, "clips": closed.bad}
     if team.main:
         _write(out / "failure.json", json.dumps(record, indent=1))
     return TrainingError(

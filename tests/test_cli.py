@@ -13,7 +13,10 @@ import pytest
 
 from flows.__main__ import main as flows_main
 from pasnet.cli import main
+from pasnet.config import PoseTrainConfig
+from pasnet.execute import run_pose_training
 from pasnet.progress import EpochBar
+from pasnet.study import PoseJob
 
 
 def heavy_imports(module: str) -> set[str]:
@@ -228,3 +231,11 @@ def test_a_bar_counts_only_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None
     bar._started -= 10.0
     bar.close_step(60, 1.0, 50.0, 901.0)
     assert "1.0 clips/s" in shown[0] and "data wait 10 %" in shown[0]
+
+
+def test_a_pose_network_is_trained_as_the_study_asks(videos: Path, shard_folder: Path, tmp_path: Path) -> None:
+    """The very command of pasnet/execute.py."""
+    config = PoseTrainConfig(width=0.0625, input_size=48, steps=1, batch=2, measure=2)
+    job = PoseJob(config=config, shards=str(shard_folder), joints=str(videos / "joints.parquet"), folder=str(tmp_path))
+    assert run_pose_training(job)
+    assert Path(job.weights).is_file() and not run_pose_training(job)

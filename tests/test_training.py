@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -346,7 +347,9 @@ class TestLoop:
             torch.save({**found, "data": {**found["data"], "dataset": theirs, "digest": "another"}}, path)
             monkeypatch.setitem(shards.manifest, "dataset", ours)
             if refused:
-                with pytest.raises(WeightsError, match=f"trained on {theirs}, some of which are {ours}'s test videos"):
+                with pytest.raises(
+                    WeightsError, match=f"trained on {theirs}, whose training videos include some of {ours}'s"
+                ):
                     read_pretrained(path, shards)
             else:
                 assert read_pretrained(path, shards)
@@ -406,8 +409,39 @@ class TestLoop:
 
     def test_a_folder_of_another_run_is_refused(self, config: TrainConfig, tmp_path: Path) -> None:
         train(replace(config, {"optim.epochs": 1}), tmp_path)
-        with pytest.raises(ConfigError, match="is a run with other settings"):
+        with pytest.raises(ConfigError, match=r"is a run with other settings \(optim.lr 0.01, now 0.5\); give another"):
             train(replace(config, {"optim.epochs": 1, "optim.lr": 0.5}), tmp_path)
+
+    def test_short_videos_are_said(
+        self, config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        train(replace(config, {"optim.epochs": 1, "data.num_segments": 20}), tmp_path)
+        assert "100% of the training videos have fewer frames than K = 20" in capsys.readouterr().out
+
+    def test_a_weights_file_that_was_moved_is_named(self, config: TrainConfig, tmp_path: Path) -> None:
+        with pytest.raises(WeightsError, match=r"gone\.pth: no such file"):
+            train(replace(config, {"init.eco": str(tmp_path / "gone.pth")}), tmp_path / "out")
+
+    def test_a_compiled_network_learns_the_same(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Traced by dynamo; what its backend makes of the graph is torch's matter, and wants a compiler."""
+        config = replace(config, {"optim.epochs": 1, "model.fusion.style": "A+pool(I)"})
+        train(config, tmp_path / "plain")
+        compiled = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda network: compiled(network, backend="eager"))
+        train(replace(config, {"compile": True}), tmp_path / "compiled")
+        plain, traced = weights_of(tmp_path / "plain"), weights_of(tmp_path / "compiled")
+        assert plain.keys() == traced.keys()
+        assert all(torch.allclose(plain[key].float(), traced[key].float(), atol=1e-6) for key in plain)
+
+    def test_synchronised_batch_norm_wants_gpus(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        two = Processes(rank=0, world=2, device=torch.device("cpu"))
+        monkeypatch.setattr(training, "processes", lambda: contextlib.nullcontext(two))
+        with pytest.raises(ConfigError, match="sync_bn needs GPUs"):
+            train(replace(config, {"optim.sync_bn": True, "optim.batch": 4}), tmp_path)
 
     def test_plateau_divides_by_ten_after_patience(self) -> None:
         optim = OptimConfig(patience=2)
