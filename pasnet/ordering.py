@@ -1,24 +1,29 @@
 """Does our study rank the rows of a table as the paper does? Every pair of rows, on the same videos and seeds.
 
 Two rows of one table are compared video by video over the splits and seeds that both have finished, so that what is
-hard for every network cancels. The 95 % interval of a difference is a bootstrap that draws videos (within a split) and,
-where there are several, seeds. A pair is decided where it does not hold 0. Few seeds show their spread badly: with
-three, intervals are rather too narrow.
+hard for every network cancels. A difference between two trainings of one recipe is no smaller for being measured on
+many videos, so a pair is judged only where there are several seeds. Its 95 % interval adds two variances: of the mean
+over seeds, from how the seeds differ, and of the mean over videos, from how whole groups of them differ (videos of one
+actor and place, or of one film, are not independent). It is Student's, with Welch's and Satterthwaite's degrees of
+freedom for the sum. A pair is decided where the interval does not hold 0.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pasnet.data import open_shards
 from pasnet.predictions import Predictions, ensemble, hits
+from pasnet.study import EMBEDDED
 
 Record = dict[str, Any]
-RESAMPLES = 2000
+Hits = dict[str, bool]  # by video key: whether its class was named
 
 
 def comparisons(records: Iterable[Record]) -> list[Record]:
@@ -29,8 +34,8 @@ def comparisons(records: Iterable[Record]) -> list[Record]:
 
     - `higher`, `lower`: {"title", "strategy"} of the row with the larger number in the paper, and of the other
     - `paper`: that difference in percent, more than 0; `ours`: our mean difference on the same runs
-    - `low`, `high`: its 95 % interval; `splits`, `seeds`: what both rows have
-    - `verdict`: "as in the paper", "the other way round", or "undecided" where the interval holds 0
+    - `low`, `high`: its 95 % interval, None with one seed; `splits`, `seeds`: what both rows have
+    - `verdict`: "as in the paper", "the other way round", "undecided" where the interval holds 0, "one seed"
 
     Pairs of equal numbers, rows without a printed number and evaluations without predictions (of before) give none.
     """
@@ -40,24 +45,29 @@ def comparisons(records: Iterable[Record]) -> list[Record]:
             rows = tables.setdefault((record["table"], record["dataset"]), {})
             rows.setdefault((record["title"], record["strategy"]), []).append(record)
     found = []
-    known: dict[tuple[str, ...], dict[str, bool] | None] = {}
+    known: dict[tuple[str, ...], Hits | None] = {}
+    groups: dict[str, dict[str, str]] = {}
     for (table, dataset), rows in tables.items():
         for one, other in itertools.combinations(rows, 2):
             if rows[one][0]["paper_top1"] < rows[other][0]["paper_top1"]:
                 one, other = other, one
             paper = round(rows[one][0]["paper_top1"] - rows[other][0]["paper_top1"], 2)
-            differences = _differences(rows[one], rows[other], known)
-            if paper > 0 and differences:
-                about = {"table": table, "dataset": dataset, "paper": paper, **_estimate(differences)}
+            differences = _differences(rows[one], rows[other], known) if paper > 0 else {}
+            if differences:
+                folder = rows[one][0].get("shards", "")
+                if folder not in groups:
+                    groups[folder] = _groups(folder, across_classes=dataset == EMBEDDED)
+                about = {"table": table, "dataset": dataset, "paper": paper}
+                about |= _estimate(differences, groups[folder])
                 places = (("higher", one), ("lower", other))
                 found.append(about | {place: {"title": row[0], "strategy": row[1]} for place, row in places})
     return found
 
 
 def _differences(
-    higher: Sequence[Record], lower: Sequence[Record], known: dict[tuple[str, ...], dict[str, bool] | None]
-) -> dict[int, dict[int, np.ndarray]]:
-    """{split: {seed: int8 (videos,)}}: 1 where only the first row names the video's class, -1 where only the second.
+    higher: Sequence[Record], lower: Sequence[Record], known: dict[tuple[str, ...], Hits | None]
+) -> dict[int, dict[int, dict[str, int]]]:
+    """{split: {seed: {key: 1 where only the first row names the video's class, -1 where only the second, else 0}}}.
 
     Only seeds that both rows have in every split that they share, so that a mean is of like with like.
     """
@@ -65,18 +75,16 @@ def _differences(
     places = {at for at in by_place[0] if by_place[0][at] is not None and by_place[1].get(at) is not None}
     splits = sorted({split for split, _ in places})
     seeds = [seed for seed in sorted({seed for _, seed in places}) if all((split, seed) in places for split in splits)]
-    found: dict[int, dict[int, np.ndarray]] = {}
+    found: dict[int, dict[int, dict[str, int]]] = {}
     for split in splits if seeds else ():
         for seed in seeds:
             a, b = by_place[0][split, seed], by_place[1][split, seed]
             assert a is not None and b is not None
-            keys = sorted(a.keys() & b.keys())
-            signs = [int(a[key]) - int(b[key]) for key in keys]
-            found.setdefault(split, {})[seed] = np.array(signs, np.int8)
+            found.setdefault(split, {})[seed] = {key: a[key] - b[key] for key in sorted(a.keys() & b.keys())}
     return found
 
 
-def _hits_of(record: Record, known: dict[tuple[str, ...], dict[str, bool] | None]) -> dict[str, bool] | None:
+def _hits_of(record: Record, known: dict[tuple[str, ...], Hits | None]) -> Hits | None:
     """Whether the run names each test video's class, by key; None where its predictions are not there."""
     folders = tuple(record["trainings"])
     if folders not in known:
@@ -90,30 +98,58 @@ def _hits_of(record: Record, known: dict[tuple[str, ...], dict[str, bool] | None
     return known[folders]
 
 
-def _estimate(differences: Mapping[int, Mapping[int, np.ndarray]]) -> Record:
+def _groups(folder: str, *, across_classes: bool) -> dict[str, str]:
+    """Each video's group, by key; nothing where the shards are not there: every video is then one of its own.
+
+    `across_classes`: g01 of one class has the actor and the place of g01 of another, which UCF-101's has not.
+    """
+    if not folder or not (Path(folder) / "index.parquet").is_file():
+        return {}
+    shards = open_shards(Path(folder))
+    names = zip(shards.keys, shards.groups, strict=True)
+    return {key: group.rpartition("/")[2] if across_classes else group for key, group in names if group}
+
+
+def _estimate(differences: Mapping[int, Mapping[int, Mapping[str, int]]], groups: Mapping[str, str]) -> Record:
     """Mean of the splits' means, and its interval; in percent."""
-    rng = np.random.default_rng(0)
     splits = list(differences)
     seeds = list(differences[splits[0]])
-    # how often a draw holds each seed; the same draw for all splits
-    of_seeds = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), RESAMPLES) / len(seeds)
-    mean, draws = 0.0, np.zeros(RESAMPLES)
+    by_seed = np.zeros(len(seeds))
+    spread, clusters = 0.0, 0
     for split in splits:
-        by_seed = np.stack([differences[split][seed] for seed in seeds]).astype(np.float64)  # (seeds, videos)
-        videos = by_seed.shape[1]
-        of_videos = rng.multinomial(videos, np.full(videos, 1 / videos), RESAMPLES) / videos
-        mean += float(by_seed.mean()) / len(splits)
-        draws += np.einsum("rs,rs->r", of_seeds, of_videos @ by_seed.T) / len(splits)
-    low, high = np.percentile(draws, [2.5, 97.5])
+        keys = list(differences[split][seeds[0]])
+        values = np.array([[differences[split][seed][key] for key in keys] for seed in seeds], np.float64)
+        by_seed += values.mean(1) / len(splits)
+        names, of = np.unique([groups.get(key, key) for key in keys], return_inverse=True)
+        rest = values.mean(0) - values.mean()
+        sums = np.bincount(of, rest)
+        many = len(names)
+        # variance of a mean over clusters of unequal size, linearised (as of a ratio)
+        spread += many / max(many - 1, 1) * float((sums**2).sum()) / len(keys) ** 2 / len(splits) ** 2
+        clusters += many
+    mean = float(by_seed.mean())
+    about: Record = {"ours": round(100 * mean, 2), "splits": splits, "seeds": seeds}
+    if len(seeds) == 1:
+        return {**about, "low": None, "high": None, "verdict": "one seed"}
+    of_seeds = float(by_seed.var(ddof=1)) / len(seeds)
+    variance = of_seeds + spread
+    freedom = clusters - len(splits)
+    if variance:
+        parts = [part**2 / max(n, 1) for part, n in ((of_seeds, len(seeds) - 1), (spread, clusters - len(splits)))]
+        freedom = variance**2 / sum(parts)
+    margin = student(freedom) * math.sqrt(variance) if variance else 0.0
+    low, high = mean - margin, mean + margin
     verdict = "as in the paper" if low > 0 else "the other way round" if high < 0 else "undecided"
-    return {
-        "ours": round(100 * mean, 2),
-        "low": round(100 * float(low), 2),
-        "high": round(100 * float(high), 2),
-        "splits": splits,
-        "seeds": seeds,
-        "verdict": verdict,
-    }
+    return {**about, "low": round(100 * low, 2), "high": round(100 * high, 2), "verdict": verdict}
+
+
+def student(freedom: float) -> float:
+    """Within how many standard errors 95 % of Student's distribution lie. With x = sqrt(freedom) tan(a) its density is
+    that of cos(a)^(freedom - 1)."""
+    angle = np.linspace(0.0, np.pi / 2, 200_001)
+    density = np.cos(angle) ** (freedom - 1)
+    area = np.cumsum(density[1:] + density[:-1])
+    return float(math.sqrt(freedom) * math.tan(angle[1 + np.searchsorted(area, 0.95 * area[-1])]))
 
 
 def said(found: Sequence[Record]) -> list[str]:
@@ -122,19 +158,28 @@ def said(found: Sequence[Record]) -> list[str]:
         return []
     same = sum(each["ours"] > 0 for each in found)
     opposite = sum(each["ours"] < 0 for each in found)
-    count = {verdict: sum(each["verdict"] == verdict for each in found) for verdict in VERDICTS}
-    runs = sorted({(len(each["splits"]), len(each["seeds"])) for each in found})
-    drawn = "test videos and seeds" if runs[-1][1] > 1 else "test videos, which does not cover the spread of trainings"
-    how_many = "; ".join(f"{_number(splits, 'split')}, {_number(seeds, 'seed')}" for splits, seeds in runs)
-    chance = 0.05 * len(found)
-    return [
+    lines = [
         f"The paper ranks {_number(len(found), 'pair')} of these rows. Ours have {same} in the same order, {opposite} "
-        f"in the other, {len(found) - same - opposite} equal (Kendall's tau {(same - opposite) / len(found):+.2f}).",
-        f"Decided, that is, with a 95 % interval of our difference without 0 (same videos, {how_many}; bootstrap over "
-        f"{drawn}): {count['as in the paper']} as in the paper, {count['the other way round']} the other way round; "
-        f"{count['undecided']} undecided. Were all rows equal, some {chance:.1f} of so many would look decided.",
-        "This holds for the data, the size of network and the start named above, and for nothing else.",
+        f"in the other, {len(found) - same - opposite} equal (Kendall's tau {(same - opposite) / len(found):+.2f})."
     ]
+    judged = [each for each in found if each["verdict"] != "one seed"]
+    if judged:
+        count = {verdict: sum(each["verdict"] == verdict for each in judged) for verdict in VERDICTS}
+        runs = sorted({(len(each["splits"]), len(each["seeds"])) for each in judged})
+        how_many = "; ".join(f"{_number(splits, 'split')}, {_number(seeds, 'seed')}" for splits, seeds in runs)
+        lines.append(
+            f"Decided, that is, with a 95 % interval of our difference without 0 (same videos, {how_many}; over seeds "
+            f"and groups of videos): {count['as in the paper']} as in the paper, {count['the other way round']} the "
+            f"other way round; {count['undecided']} undecided. Pairs that share a row are not independent, and of many "
+            "pairs some look decided by chance."
+        )
+    if len(judged) < len(found):
+        some = "" if judged else "None is judged: "
+        lines.append(
+            f"{some}{_number(len(found) - len(judged), 'pair')} with one seed: two trainings of one recipe may differ "
+            "by as much."
+        )
+    return [*lines, "This holds for the data, the size of network and the start named above, and for nothing else."]
 
 
 VERDICTS = ("as in the paper", "the other way round", "undecided")
@@ -155,7 +200,7 @@ def cells(found: Iterable[Record]) -> list[tuple[str, ...]]:
             f"{each['lower']['title']}, {each['lower']['strategy']}",
             f"{each['paper']:+.2f}",
             f"{each['ours']:+.2f}",
-            f"{each['low']:+.2f} to {each['high']:+.2f}",
+            "–" if each["low"] is None else f"{each['low']:+.2f} to {each['high']:+.2f}",
             each["verdict"],
         )
         for each in sorted(found, key=lambda each: -each["paper"])

@@ -168,7 +168,7 @@ def _order(found: Sequence[Record]) -> list[str]:
     """The paper's order of a table's rows beside ours, with every pair."""
     if not found:
         return []
-    rows = [(values, values[-1] == "undecided") for values in ordering.cells(found)]
+    rows = [(values, values[-1] not in ordering.VERDICTS[:2]) for values in ordering.cells(found)]
     lines = "".join(f"<li>{escape(line)}</li>" for line in ordering.said(found))
     pairs = _table(ordering.COLUMNS, rows, numbers=(2, 3, 4))
     return [

@@ -201,7 +201,7 @@ def _order_section(found: Sequence[Record], table: str) -> list[str]:
     """The paper's order of a table's rows beside ours; of the pairs, those that are decided."""
     if not found:
         return []
-    decided = [of for of in found if of["verdict"] != "undecided"]
+    decided = [of for of in found if of["verdict"] in ordering.VERDICTS[:2]]
     lines = ["", f"#### {table}: the paper's order and ours", "", *(f"- {line}" for line in ordering.said(found))]
     if decided:
         lines += ["", "| " + " | ".join(ordering.COLUMNS) + " |", "|---" * len(ordering.COLUMNS) + "|"]

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pasnet import ordering
+from pasnet.data import open_shards
 from pasnet.ordering import comparisons, said
 from pasnet.predictions import Predictions
 from pasnet.report import results_page
@@ -37,37 +39,64 @@ def share(hits: int) -> np.ndarray:
     return np.arange(VIDEOS) < hits
 
 
+def seeds_of(folder: Path, title: str, paper: float, hits: tuple[int, ...]) -> list[dict[str, Any]]:
+    return [run(folder, title, paper, share(count), seed=seed) for seed, count in enumerate(hits)]
+
+
 def test_a_pair_is_compared_video_by_video(tmp_path: Path) -> None:
-    """B misses what A misses and ten more: unpaired the intervals overlap widely, paired the order is certain."""
-    found = comparisons([run(tmp_path, "B", 80, share(90)), run(tmp_path, "A", 81.5, share(100))])
-    [pair] = found
+    """B misses what A misses and ten more, in every seed: unpaired the intervals overlap, paired the order is clear."""
+    rows = seeds_of(tmp_path, "B", 80, (90, 91, 89)) + seeds_of(tmp_path, "A", 81.5, (100, 101, 99))
+    [pair] = comparisons(rows)
     assert (pair["higher"]["title"], pair["lower"]["title"], pair["paper"]) == ("A", "B", 1.5)
     assert pair["ours"] == 5.0 and pair["verdict"] == "as in the paper"
-    # of a share p = 0.05 of 200 videos: p +- 1.96 sqrt(p (1 - p) / 200)
-    assert pair["low"] == pytest.approx(5 - 3.02, abs=0.6) and pair["high"] == pytest.approx(5 + 3.02, abs=0.6)
-    assert (pair["splits"], pair["seeds"]) == ([1], [0])
+    assert (pair["splits"], pair["seeds"]) == ([1], [0, 1, 2])
+    # all seeds differ by 0.05, so what is left is the variance over videos, 0.05 (1 - 0.05) / 200 and a little less
+    assert pair["low"] == pytest.approx(5 - 1.97 * 1.5, abs=0.2) and pair["high"] == pytest.approx(10 - pair["low"])
+
+
+def test_one_seed_is_not_judged(tmp_path: Path) -> None:
+    [pair] = comparisons([run(tmp_path, "A", 90, share(180)), run(tmp_path, "B", 80, share(20))])
+    assert (pair["ours"], pair["verdict"], pair["low"]) == (80.0, "one seed", None)
 
 
 def test_the_other_way_round_and_undecided(tmp_path: Path) -> None:
-    near = share(100)
-    near[[0, 1, 150]] = ~near[[0, 1, 150]]  # two lost, one won
-    rows = [run(tmp_path, "A", 90, share(100)), run(tmp_path, "B", 80, share(140)), run(tmp_path, "C", 70, near)]
+    rows = seeds_of(tmp_path, "A", 90, (100, 101)) + seeds_of(tmp_path, "B", 80, (140, 141))
+    rows += seeds_of(tmp_path, "C", 70, (99, 102))
     verdicts = {(of["higher"]["title"], of["lower"]["title"]): of["verdict"] for of in comparisons(rows)}
-    assert verdicts == {
-        ("A", "B"): "the other way round",
-        ("A", "C"): "undecided",
-        ("B", "C"): "as in the paper",
-    }
+    assert verdicts == {("A", "B"): "the other way round", ("A", "C"): "undecided", ("B", "C"): "as in the paper"}
 
 
 def test_seeds_that_disagree_leave_a_pair_undecided(tmp_path: Path) -> None:
-    """Each seed alone is certain of its sign; together they are of nothing."""
-    rows = []
-    for seed, (a, b) in enumerate([(120, 80), (80, 118), (110, 85)]):
-        rows += [run(tmp_path, "A", 90, share(a), seed=seed), run(tmp_path, "B", 80, share(b), seed=seed)]
-    [pair] = comparisons(rows)
+    """Each seed alone looks certain of its sign; together they are of nothing."""
+    [pair] = comparisons(seeds_of(tmp_path, "A", 90, (120, 80, 110)) + seeds_of(tmp_path, "B", 80, (80, 118, 85)))
     assert pair["ours"] == pytest.approx(100 * (40 - 38 + 25) / 3 / VIDEOS, abs=0.01)
-    assert pair["verdict"] == "undecided" and pair["seeds"] == [0, 1, 2]
+    assert pair["verdict"] == "undecided" and pair["low"] < -40  # Student's, with 2 degrees of freedom
+
+
+def test_videos_of_a_group_are_not_independent(
+    tmp_path: Path, shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same differences, all in one of twenty groups or spread over them: the interval is wider, as it should be."""
+    rows = seeds_of(tmp_path, "B", 80, (90, 90)) + seeds_of(tmp_path, "A", 81.5, (100, 100))
+    widths = {}
+    for name, group in (("alone", None), ("together", lambda n: n // 10), ("apart", lambda n: n % 20)):
+        groups = {f"v{n:03}": str(group(n)) for n in range(VIDEOS)} if group else {}
+        monkeypatch.setattr(ordering, "_groups", lambda folder, across_classes, groups=groups: groups)
+        [pair] = comparisons(rows)
+        widths[name] = pair["high"] - pair["low"]
+    assert widths["together"] > 2.5 * widths["alone"] and widths["apart"] < 1.2 * widths["alone"]
+    monkeypatch.undo()
+    shards = open_shards(shard_folder)
+    of_a_class = ordering._groups(str(shard_folder), across_classes=False)
+    assert of_a_class == dict(zip(shards.keys, shards.groups, strict=True)) and len(set(of_a_class.values())) == 12
+    assert set(ordering._groups(str(shard_folder), across_classes=True).values()) == {"g01", "g02", "g03", "g04"}
+    assert ordering._groups(str(tmp_path), across_classes=False) == {}
+
+
+def test_students_quantiles() -> None:
+    """Of the tables in any textbook."""
+    for freedom, value in ((1, 12.706), (2, 4.303), (5, 2.571), (30, 2.042)):
+        assert ordering.student(freedom) == pytest.approx(value, abs=2e-3)
 
 
 def test_only_what_both_rows_have_is_compared(tmp_path: Path) -> None:
@@ -110,13 +139,14 @@ def test_ensembles_count_as_their_mean(tmp_path: Path) -> None:
 
 
 def test_the_page_says_what_is_decided_and_no_more(tmp_path: Path) -> None:
-    rows = [run(tmp_path, "A", 90, share(100)), run(tmp_path, "B", 80, share(140)), run(tmp_path, "C", 70, share(99))]
+    rows = seeds_of(tmp_path, "A", 90, (100, 101)) + seeds_of(tmp_path, "B", 80, (140, 141))
+    rows += [*seeds_of(tmp_path, "C", 70, (98, 101)), run(tmp_path, "D", 10, share(10))]
     found = json.loads(json.dumps(comparisons(rows)))  # as results.json holds them
     text = " ".join(said(found))
-    assert "ranks 3 pairs" in text and "have 2 in the same order, 1 in the other, 0 equal (Kendall's tau +0.33)" in text
-    assert "1 as in the paper, 1 the other way round; 1 undecided" in text
-    assert "does not cover the spread of trainings" in text  # one seed
+    assert "ranks 6 pairs" in text and "have 5 in the same order, 1 in the other, 0 equal (Kendall's tau +0.67)" in text
+    assert "1 as in the paper, 1 the other way round; 1 undecided" in text and "3 pairs with one seed" in text
     assert said([]) == []
+    assert "None is judged: 3 pairs with one seed" in " ".join(said([of for of in found if of["low"] is None]))
     study = {"title": "t", "shards": [], "results": [], "comparisons": found}
     assert "order and ours" not in results_page([study])  # no table, no order of it
     blank = {"status": "not run", "reason": "why", "paper_dataset": "ucf101", "remark": ""}
@@ -124,3 +154,4 @@ def test_the_page_says_what_is_decided_and_no_more(tmp_path: Path) -> None:
     page = results_page([study])
     assert "| A, twice-finetune | B, twice-finetune | +10.00 | -20.00 |" in page
     assert "| A, twice-finetune | C, twice-finetune |" not in page  # undecided: counted, not listed
+    assert "| A, twice-finetune | D, twice-finetune |" not in page
