@@ -1,11 +1,13 @@
 """What comes from the network: official archives and public weights, a task each, only where the study asks for them.
 
 shards/fetch.py and pasnet/download.py do the work: they resume, check and use what is there. They try a server again by
-themselves while a download gets further; the tasks' own retries are for a network that is away for minutes.
+themselves while a download gets further; the tasks' own retries are for a network that is away for minutes. A study of
+several datasets goes on without one that is not to be had; without its weights it would be another study.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,16 @@ from prefect.futures import PrefectFuture
 from pasnet import download
 from pasnet.study import WEIGHTS
 from shards.fetch import fetch
-from shards.unpack import FetchError
+from shards.unpack import FetchError, UnreachableError
 
 
 def _may_pass(_task: Any, _run: Any, state: Any) -> bool:
     """Whether to try again: a server that did not answer, not a file that is the wrong one or wants a browser."""
-    return isinstance(state.result(raise_on_failure=False), FetchError)
+    return isinstance(state.result(raise_on_failure=False), UnreachableError)
 
 
 RETRIES, DELAY = 2, 60  # seconds
+WEIGHTS_LOCK = threading.Lock()  # pasnet/download.py refuses a second one in the same folder
 
 
 @task(
@@ -42,7 +45,7 @@ def fetch_dataset(folder: str, mirrors: Sequence[str]) -> None:
     try:
         found = fetch(path.name, path, mirrors=mirrors, progress=_Shown(path.name))
     except FetchError as error:
-        raise FetchError(f"{error}; or take what is there, with fetch=false") from error
+        raise type(error)(f"{error}; or take what is there, with fetch=false") from error
     print(f"  {folder}: {len(found.videos)} videos, all that the split lists name", flush=True)
 
 
@@ -55,35 +58,60 @@ def fetch_dataset(folder: str, mirrors: Sequence[str]) -> None:
 )
 def fetch_weights(name: str, mirrors: Sequence[str]) -> None:
     """Public weights, by their name in pasnet/registry.py, into weights/."""
-    found = download.fetch(name, Path(WEIGHTS), mirrors=mirrors, progress=_Shown(name))
+    with WEIGHTS_LOCK:
+        found = download.fetch(name, Path(WEIGHTS), mirrors=mirrors, progress=_Shown(name))
     print("\n".join(f"  {line}" for line in found.lines), flush=True)
 
 
-def obtain(datasets: Sequence[str], weights: Sequence[str], mirrors: Sequence[str]) -> None:
-    """All of them at once. Raises what the first that failed raised, when all have ended."""
-    begun: list[PrefectFuture[None]] = [fetch_dataset.submit(folder, mirrors) for folder in datasets]
-    begun += [fetch_weights.submit(name, mirrors) for name in weights]
-    for future in begun:
+def obtain(datasets: Sequence[str], weights: Sequence[str], mirrors: Sequence[str]) -> dict[str, str]:
+    """All of them at once, weights one after another: {folder: reason} of the datasets that could not be fetched.
+
+    When all have ended. Raises what the first weights that could not be fetched raised.
+    """
+    sets: list[PrefectFuture[None]] = [fetch_dataset.submit(folder, mirrors) for folder in datasets]
+    files: list[PrefectFuture[None]] = [fetch_weights.submit(name, mirrors) for name in weights]
+    for future in sets + files:
         future.wait()
-    for future in begun:
+    for future in files:
         future.result()
+    reasons = {}
+    for folder, future in zip(datasets, sets, strict=True):
+        try:
+            future.result()
+        except Exception as error:
+            reasons[folder] = str(error) or type(error).__name__
+    return reasons
 
 
 class _Shown:
-    """Progress of a download for a log, every tenth, and as an artifact, every hundredth."""
+    """Progress of a download for a log, every tenth, and as an artifact, every hundredth.
+
+    A server of Prefect's that does not take an artifact stops no download; it is then asked every tenth only, since it
+    may let us wait.
+    """
 
     def __init__(self, name: str) -> None:
         self.name, self.last = name, -1
         self.artifact: Any = None
+        self.failed = False
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
         percent = 100 * done // total if total else 0
         if percent == self.last:
             return
-        if percent // 10 != self.last // 10:
+        tenth = percent // 10 != self.last // 10
+        if tenth:
             print(f"  {what}: {percent} %", flush=True)
         self.last = percent
-        if self.artifact is None:
-            self.artifact = create_progress_artifact(percent, description=f"{self.name}: fetched")
-        else:
-            update_progress_artifact(self.artifact, percent)
+        if self.failed and not tenth:
+            return
+        try:
+            if self.artifact is None:
+                self.artifact = create_progress_artifact(percent, description=f"{self.name}: fetched")
+            else:
+                update_progress_artifact(self.artifact, percent)
+            self.failed = False
+        except Exception as error:  # whatever the API, the network or Prefect's client raises
+            if not self.failed:
+                print(f"  {what}: Prefect does not show the progress ({type(error).__name__}: {error})", flush=True)
+            self.failed = True

@@ -15,13 +15,13 @@ import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from shards.unpack import FetchError
+from shards.unpack import FetchError, UnreachableError
 
 Progress = Callable[[str, int, int | None], None]  # (what, bytes done, bytes in all where known)
 
@@ -49,6 +49,10 @@ class _RefusedError(Exception):
     """This URL will not give the file; the next one may."""
 
 
+class _AwayError(_RefusedError):
+    """Nor will this one, for now."""
+
+
 def obtain(
     wanted: File,
     folder: Path,
@@ -61,7 +65,8 @@ def obtain(
     """folder / wanted.name, checked: the one that an earlier run downloaded, or a download.
 
     `urls` instead of the file's own. `by_hand` ends the message where no URL gives the file; `sleep` waits between
-    attempts. Raises FetchError, and OSError where our own disk is in the way.
+    attempts. Raises UnreachableError where a server may give it later, FetchError where none will, and OSError where
+    our own disk is in the way.
     """
     ours = folder / wanted.name
     if ours.is_file():
@@ -71,24 +76,26 @@ def obtain(
         rejected = _set_aside(ours, wanted)
         raise FetchError(f"{ours}: {wrong}; moved to {rejected.name}, run again to download it")
     part = folder / f"{wanted.name}.part"
-    reasons = []
+    reasons, raised = [], FetchError
     for url in wanted.urls if urls is None else urls:
         try:
             _download(url, wanted, part, report, sleep)
         except _RefusedError as error:
             reasons.append(f"{url}: {error}")
+            raised = UnreachableError if isinstance(error, _AwayError) else raised
             continue
         part.rename(ours)
         for leftover in (_meta(part), folder / f"{wanted.name}.rejected"):
             leftover.unlink(missing_ok=True)
         return ours
-    raise FetchError(f"{wanted.name}: not downloaded ({'; '.join(reasons)}); {by_hand}")
+    raise raised(f"{wanted.name}: not downloaded ({'; '.join(reasons)}); {by_hand}")
 
 
 def _download(url: str, wanted: File, part: Path, report: Progress, sleep: Callable[[float], object]) -> None:
     """Brings `part` to the whole, checked file, in as many attempts as get further."""
     furthest, failures = _size(part), 0
     while True:
+        gives_up: type[_RefusedError] = _AwayError
         try:
             _transfer(url, wanted, part, report)
             wrong = wrong_with(part, wanted, report)
@@ -99,11 +106,14 @@ def _download(url: str, wanted: File, part: Path, report: Progress, sleep: Calla
             reason = f"HTTP {error.code} {error.reason}"
             if error.code == 416:
                 _discard(part)
+                gives_up = _RefusedError
             elif error.code < 500 and error.code not in (408, 429):
                 raise _RefusedError(reason) from error
         except (OSError, HTTPException) as error:
             cause = error.reason if isinstance(error, URLError) else error
             reason = str(cause) or type(cause).__name__
+            if isinstance(cause, str | InvalidURL):  # urllib's own words: no URL that it could ask
+                raise _RefusedError(reason) from error
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise _RefusedError(f"its TLS certificate does not verify ({cause.verify_message})") from error
             if isinstance(error, OSError) and (error.errno in FULL or error.filename):
@@ -111,7 +121,7 @@ def _download(url: str, wanted: File, part: Path, report: Progress, sleep: Calla
         failures = 0 if _size(part) > furthest else failures + 1
         furthest = max(furthest, _size(part))
         if failures > RETRIES:
-            raise _RefusedError(f"{reason}, {failures} times in a row")
+            raise gives_up(f"{reason}, {failures} times in a row")
         sleep(min(2.0**failures, 60.0))
 
 

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from shards.datasets import OFFICIAL_COUNTS, VIDEO_SUFFIXES, Dataset, DatasetError, scan
 from shards.download import FULL, File, Progress, obtain, wrong_with
-from shards.unpack import FetchError, unpack
+from shards.unpack import FetchError, check_extractor, unpack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,8 @@ def fetch(
     are base URLs that are tried first, as <mirror>/<archive name>. Archives stay in out/archives unless
     `keep_archives` is false; they are then deleted once everything is there. `sleep` waits between attempts.
 
-    Raises FetchError, also when a listed video is not there in the end.
+    Raises FetchError, also when a listed video is not there in the end; UnreachableError, which is one, where a server
+    may give it later.
     """
     if name not in SOURCES:
         raise FetchError(f"{name!r}: no such dataset; one of {', '.join(SOURCES)}")
@@ -292,6 +293,8 @@ def _obtain(
         if wrong:
             raise FetchError(f"{theirs}: {wrong}; remove it from there, or get it again")
         return theirs
+    if not (folder / archive.name).is_file():
+        check_extractor(folder / archive.name)  # before gigabytes are downloaded that nothing here can unpack
     by_hand = (
         "run again to resume, name another server with --mirror URL, or download it in a browser and give its folder "
         "with --have FOLDER"

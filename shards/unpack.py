@@ -33,6 +33,8 @@ EXTRACTORS = {
     "7z": ("x", "-y", "-bso0", "-bsp0", "-o{folder}", "--", "{archive}"),
     "bsdtar": ("-x", "-f", "{archive}", "-C", "{folder}"),
 }
+# Those that may be there and not be able to: what to ask them, and a word of the answer of one that is.
+PROBES = {"unrar": ((), b"Roshal"), "7zz": (("i",), b"Rar5"), "7z": (("i",), b"Rar5")}
 INSTALL = (
     "install one: `apt-get install unar` (Debian, Ubuntu), `dnf install unar` (Fedora), `brew install unar` (macOS), "
     "or put 7zz from https://www.7-zip.org on PATH"
@@ -41,6 +43,10 @@ INSTALL = (
 
 class FetchError(ValueError):
     """A download, archive or folder that cannot be used; the message names it, the reason and the fix."""
+
+
+class UnreachableError(FetchError):
+    """A download that may come through later, as it is: a server did not answer, broke off or had no time for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +127,16 @@ def _copy_members(archive: Any, members: Sequence[_Member], folder: Path) -> Non
             raise EOFError(f"{member.name} has {target.stat().st_size} of {member.size} bytes")
 
 
+def check_extractor(path: Path) -> None:
+    """Raises FetchError where nothing on PATH could unpack `path`, a .rar that is not there yet."""
+    if path.suffix == ".rar" and next(_extractors(), None) is None:
+        raise _no_extractor(path)
+
+
+def _no_extractor(path: Path) -> FetchError:
+    return FetchError(f"{path}: no RAR extractor on PATH; {INSTALL}")
+
+
 def _extract_rar(path: Path, archive: rarfile.RarFile, members: Sequence[_Member], folder: Path) -> None:
     """One run of an extractor for the whole archive: one per member would take hours, and for ever if it is solid."""
     reasons = []
@@ -138,14 +154,18 @@ def _extract_rar(path: Path, archive: rarfile.RarFile, members: Sequence[_Member
     elif reasons:
         raise FetchError(f"{path}: could not be unpacked ({'; '.join(reasons)}); get it again, or {INSTALL}")
     else:
-        raise FetchError(f"{path}: no RAR extractor on PATH; {INSTALL}")
+        raise _no_extractor(path)
 
 
 def _extractors() -> Iterator[tuple[str, str]]:
-    """(name, path) of those on PATH. unrar-free calls itself unrar too, but cannot unpack much."""
+    """(name, path) of those on PATH that can do it: unrar-free calls itself unrar too, but cannot unpack much, and
+    Debian builds 7zz without RAR."""
     for name in EXTRACTORS:
         exe = shutil.which(name)
-        if exe and (name != "unrar" or b"Roshal" in _run([exe], 60).stdout):
+        if exe and name in PROBES:
+            arguments, word = PROBES[name]
+            exe = exe if word in _run([exe, *arguments], 60).stdout else None
+        if exe:
             yield name, exe
 
 

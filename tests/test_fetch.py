@@ -29,6 +29,7 @@ from shards import fetch as fetch_module
 from shards import unpack as unpack_module
 from shards.datasets import find_dataset
 from shards.fetch import SOURCES, Archive, FetchError, Source, fetch
+from shards.unpack import UnreachableError
 
 # RAR archives with stored members: nothing that may be installed here writes RAR.
 
@@ -203,6 +204,14 @@ def no_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def idle_tool(no_tools: Path) -> Path:
+    """An extractor that can be found and unpacks nothing: stored members need none."""
+    (no_tools / "bsdtar").write_text("#!/bin/sh\nexit 1\n")
+    (no_tools / "bsdtar").chmod(0o755)
+    return no_tools
+
+
 def tool(folder: Path, name: str, script: str) -> None:
     """An executable of our own; `argv` in the script is what it was given."""
     (folder / name).write_text(f"#!{sys.executable} -IS\nimport os, sys\nargv = sys.argv[1:]\n{script}\n")
@@ -221,7 +230,7 @@ def register(monkeypatch: pytest.MonkeyPatch, name: str, videos: Archive, splits
 
 
 @pytest.fixture
-def ucf(server: Served, no_tools: Path, monkeypatch: pytest.MonkeyPatch) -> Served:
+def ucf(server: Served, idle_tool: Path, monkeypatch: pytest.MonkeyPatch) -> Served:
     videos = archive(server, "UCF101.rar", UCF_RAR)
     register(monkeypatch, "tiny-ucf", videos, archive(server, "lists.zip", UCF_ZIP))
     return server
@@ -275,7 +284,9 @@ def test_keep_archives_false_deletes_them_and_nothing_else(ucf: Served, tmp_path
 def test_nested_rars_and_odd_names_through_every_extractor(
     name: str, hmdb: Served, tmp_path: Path, no_tools: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if name != "python":
+    if name == "python":
+        tool(no_tools, "bsdtar", "sys.exit(1)")
+    else:
         exe = shutil.which(name, path=os.defpath + ":/usr/local/bin:/opt/homebrew/bin")
         if not exe:
             pytest.skip(f"{name} is not installed")
@@ -292,7 +303,7 @@ def test_nested_rars_and_odd_names_through_every_extractor(
 
 
 def test_class_folders_are_found_in_whatever_wraps_them(
-    server: Served, no_tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Served, idle_tool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {f"JHMDB_video/ReCompress_Videos/{name}": data for name, data in UCF_VIDEOS.items()}
     files |= {"JHMDB_video/README.txt": b"read me", "__MACOSX/JHMDB_video/._README.txt": b"junk"}
@@ -303,7 +314,7 @@ def test_class_folders_are_found_in_whatever_wraps_them(
 
 
 def test_a_listed_video_that_no_archive_holds_is_an_error(
-    server: Served, no_tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Served, idle_tool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some = dict(list(UCF_VIDEOS.items())[:3])
     register(monkeypatch, "tiny", archive(server, "v.rar", rar5_of(some)), archive(server, "lists.zip", UCF_ZIP))
@@ -312,7 +323,7 @@ def test_a_listed_video_that_no_archive_holds_is_an_error(
 
 
 def test_lists_that_are_not_the_official_ones_are_an_error(
-    server: Served, no_tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Served, idle_tool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(monkeypatch, "ucf101", archive(server, "v.rar", UCF_RAR), archive(server, "lists.zip", UCF_ZIP))
     with pytest.raises(FetchError, match=r"lists.zip: holds no split lists of ucf101"):
@@ -401,7 +412,7 @@ def test_a_server_without_ranges_starts_over(ucf: Served, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("ignore_if_range", [False, True])
 def test_a_file_that_changed_on_the_server_is_not_spliced(
-    ignore_if_range: bool, server: Served, no_tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ignore_if_range: bool, server: Served, idle_tool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new = rar5_of({name: data[::-1] for name, data in UCF_VIDEOS.items()})
     videos = archive(server, "v.rar", UCF_RAR, pinned=False)
@@ -417,7 +428,7 @@ def test_a_file_that_changed_on_the_server_is_not_spliced(
 
 
 def test_without_etag_date_or_sum_nothing_is_spliced(
-    server: Served, no_tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Served, idle_tool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.etag, server.dates = "", False
     videos = archive(server, "v.rar", UCF_RAR, pinned=False)
@@ -462,6 +473,41 @@ def test_a_server_that_is_not_there_is_retried_and_named(ucf: Served, tmp_path: 
         quick("tiny-ucf", tmp_path)
 
 
+AWAY = ["503", "408", "429", "cut", "refused"]
+WRONG = ["404", "page", "sum", "url", "416"]
+
+
+@pytest.mark.parametrize("first", AWAY + WRONG)
+@pytest.mark.parametrize("second", ["503", "404"])
+def test_what_may_pass_is_told_from_what_will_not(
+    first: str, second: str, server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download_module, "RETRIES", 1)
+    wanted = Archive(name="a.zip", urls=(f"{server.url}/a.zip", f"{server.url}/b.zip"), sha256="0" * 64)
+    urls = [f"{server.url}/a.zip", f"{server.url}/b.zip"]
+    if first.isdigit():
+        server.statuses = [int(first)] * (1 if first == "404" else 2)
+    elif first in ("refused", "url"):
+        urls[0] = "http://127.0.0.1:9/a.zip" if first == "refused" else "http://127.0.0.1:port/a.zip"
+    else:
+        server.files["a.zip"] = b"<html>" * 9 if first == "page" else UCF_ZIP
+        server.cuts = [0] * 2 if first == "cut" else []
+    waits: list[float] = []
+    original = download_module._transfer
+
+    def transfer(url: str, *rest: Any) -> None:
+        if url == urls[1] and second == "503":
+            server.statuses = [503]
+        original(url, *rest)
+
+    monkeypatch.setattr(download_module, "_transfer", transfer)
+    with pytest.raises(FetchError, match=r"a.zip: not downloaded \(.*by hand") as caught:
+        download_module.obtain(wanted, tmp_path, urls=urls, by_hand="by hand", sleep=waits.append)
+    passes = first in AWAY or second == "503"
+    assert type(caught.value) is (UnreachableError if passes else FetchError)
+    assert len(waits) == (first in AWAY or first == "416") + (second == "503")
+
+
 def test_the_next_url_is_tried_at_once_after_404(ucf: Served, tmp_path: Path) -> None:
     waits: list[float] = []
     fetch("tiny-ucf", tmp_path, mirrors=[f"{ucf.url}/mirror/"], sleep=waits.append)
@@ -484,7 +530,7 @@ def test_a_mirror_goes_on_with_what_another_server_began(ucf: Served, tmp_path: 
 
 @pytest.mark.parametrize("pinned", [True, False])
 def test_a_web_page_is_no_archive_and_leaves_the_part_alone(
-    pinned: bool, server: Served, no_tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pinned: bool, server: Served, idle_tool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     videos = archive(server, "v.rar", UCF_RAR, pinned=pinned)
     register(monkeypatch, "tiny", videos, archive(server, "lists.zip", UCF_ZIP))
@@ -737,6 +783,31 @@ def test_compressed_members_need_an_extractor(tmp_path: Path, no_tools: Path) ->
         unpack(tmp_path, "a.rar", rar5(rar5_member("a", b"packed", method=3)))
 
 
+def test_a_rar_that_nothing_here_unpacks_is_not_downloaded(ucf: Served, tmp_path: Path, no_tools: Path) -> None:
+    (no_tools / "bsdtar").unlink()
+    tool(no_tools, "unrar", "print('unrar-free 0.3.1')")
+    tool(no_tools, "7zz", "print('7z Zip Lzma')")  # Debian's
+    with pytest.raises(FetchError, match=r"UCF101.rar: no RAR extractor on PATH; install one: `apt-get install unar`"):
+        quick("tiny-ucf", tmp_path / "out")
+    assert [path for path, _, _ in ucf.asked] == ["/lists.zip"]
+    for name, data in UCF_VIDEOS.items():
+        path = tmp_path / "have" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    assert quick("tiny-ucf", tmp_path / "out", have=tmp_path / "have").missing == ()  # nothing to unpack
+    (tmp_path / "out" / "videos").unlink()
+    tool(no_tools, "7zz", "print('7z Rar Rar5 Zip') if argv == ['i'] else sys.exit(2)")
+    assert quick("tiny-ucf", tmp_path / "out").missing == ()  # members that are stored, in the end
+
+
+def test_a_rar_that_is_there_is_read_without_an_extractor(ucf: Served, tmp_path: Path, no_tools: Path) -> None:
+    (no_tools / "bsdtar").unlink()
+    (tmp_path / "archives").mkdir()
+    (tmp_path / "archives" / "UCF101.rar").write_bytes(UCF_RAR)
+    assert quick("tiny-ucf", tmp_path).missing == ()
+    assert [path for path, _, _ in ucf.asked] == ["/lists.zip"]
+
+
 COMPRESSED = rar5(rar5_member("a", b"hello", method=3), rar5_member("b/c", b"world", method=3))
 WRITE = """
 folder = argv[argv.index("-o") + 1]
@@ -766,8 +837,8 @@ def test_unar_sees_one_volume_and_stops_at_inner_archives(tmp_path: Path, monkey
 
 def test_the_last_words_of_every_extractor_are_in_the_error(tmp_path: Path, no_tools: Path) -> None:
     tool(no_tools, "unrar", "print('UNRAR 7.00 (c) 1993-2024 Alexander Roshal'); sys.exit(3 if argv else 0)")
-    tool(no_tools, "7z", "sys.exit('cannot open it')")
-    with pytest.raises(FetchError, match=r"unrar: exit status 3, UNRAR 7.00 .* 7z: exit status 1, cannot open it"):
+    tool(no_tools, "7z", "print('Rar5'); sys.exit(0 if argv == ['i'] else 'cannot open it')")
+    with pytest.raises(FetchError, match=r"unrar: exit status 3, UNRAR 7.00 .* 7z: exit status 1, .*cannot open it"):
         unpack(tmp_path, "a.rar", COMPRESSED)
 
 
@@ -800,7 +871,7 @@ def test_an_extractor_that_hangs_is_killed(tmp_path: Path, no_tools: Path, monke
 
 @pytest.mark.parametrize("calls", [1, 2, 3, 4])
 def test_a_killed_unpack_starts_over(
-    calls: int, hmdb: Served, tmp_path: Path, no_tools: Path, monkeypatch: pytest.MonkeyPatch
+    calls: int, hmdb: Served, tmp_path: Path, idle_tool: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed while the lists, the outer archive, and each inner one are being unpacked; no cleaning up is done."""
     copy, left = unpack_module._copy_members, [calls]

@@ -1,0 +1,186 @@
+"""What the flow does about downloads: tried again or not, shown or not, gone without or not. No network, no server."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flows import obtain as obtain_module
+from flows.obtain import _may_pass, _Shown, fetch_dataset, fetch_weights, obtain
+from pasnet.weights import WeightsError
+from shards.unpack import FetchError, UnreachableError
+
+
+class Ended:
+    """A state of Prefect's, or a future, that holds this value or error."""
+
+    def __init__(self, value: Any = None) -> None:
+        self.value, self.waited = value, False
+
+    def wait(self) -> None:
+        self.waited = True
+
+    def result(self, raise_on_failure: bool = True) -> Any:
+        if raise_on_failure and isinstance(self.value, BaseException):
+            raise self.value
+        return self.value
+
+
+def caught(call: Callable[[], object]) -> BaseException:
+    try:
+        call()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+# Tried again
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (UnreachableError("a.rar: not downloaded"), True),
+        (FetchError("a.rar: is a web page"), False),
+        (WeightsError("a.pth: not to be had without a browser"), False),
+        (ConnectionError("not one of the downloader's"), False),
+        (None, False),
+    ],
+)
+def test_only_a_server_that_did_not_answer_is_asked_again(error: Exception | None, passes: bool) -> None:
+    assert _may_pass(None, None, Ended(error)) is passes
+
+
+@pytest.mark.parametrize("kind", [UnreachableError, FetchError])
+def test_the_hint_of_a_dataset_keeps_the_kind_of_error(kind: type[FetchError], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise kind("a.rar: gone; run again")
+
+    monkeypatch.setattr(obtain_module, "fetch", fails)
+    error = caught(lambda: fetch_dataset.fn("data/ucf101", ()))
+    assert type(error) is kind
+    assert str(error) == "a.rar: gone; run again; or take what is there, with fetch=false"
+    assert _may_pass(None, None, Ended(error)) is (kind is UnreachableError)
+
+
+def test_both_tasks_ask_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    for one in (fetch_dataset, fetch_weights):
+        assert one.retry_condition_fn is _may_pass and one.retries == obtain_module.RETRIES
+
+
+def test_weights_share_a_folder_one_after_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    inside, most = [0], [0]
+    pause = threading.Event()
+
+    def fetch(*_: object, **__: object) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        pause.wait(0.02)
+        inside[0] -= 1
+        return SimpleNamespace(lines=[])
+
+    monkeypatch.setattr(obtain_module.download, "fetch", fetch)
+    threads = [threading.Thread(target=fetch_weights.fn, args=(name, ())) for name in ("eco", "pose")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+
+
+# Gone without
+
+
+def submitted(monkeypatch: pytest.MonkeyPatch, ends: dict[str, Exception | None]) -> dict[str, Ended]:
+    """The two tasks replaced by ones that end so; what they gave out."""
+    futures = {name: Ended(value) for name, value in ends.items()}
+    for task in ("fetch_dataset", "fetch_weights"):
+        monkeypatch.setattr(obtain_module, task, SimpleNamespace(submit=lambda name, mirrors: futures[name]))
+    return futures
+
+
+def test_datasets_that_could_not_be_fetched_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = {
+        "data/ucf101": None,
+        "data/hmdb51": UnreachableError("refused, 6 times"),
+        "data/jhmdb": OSError(),
+        "eco": None,
+    }
+    submitted(monkeypatch, ends)
+    assert obtain(list(ends)[:3], ["eco"], ()) == {"data/hmdb51": "refused, 6 times", "data/jhmdb": "OSError"}
+    assert obtain(["data/ucf101"], [], ()) == {}
+
+
+def test_weights_that_could_not_be_fetched_raise_when_all_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = {"data/hmdb51": FetchError("gone"), "eco": None, "pose": WeightsError("wants a browser")}
+    futures = submitted(monkeypatch, ends)
+    with pytest.raises(WeightsError, match="wants a browser"):
+        obtain(["data/hmdb51"], ["eco", "pose"], ())
+    assert all(future.waited for future in futures.values())
+
+
+# Shown
+
+
+@pytest.fixture
+def artifacts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What Prefect was asked to show; it answers while `away` is false."""
+    asked = SimpleNamespace(created=[], updated=[], away=False)
+
+    def create(percent: float, description: str) -> str:
+        asked.created.append(percent)
+        if asked.away:
+            raise RuntimeError("503 Service Unavailable")
+        return "id"
+
+    def update(artifact: str, percent: float) -> None:
+        assert artifact == "id"
+        asked.updated.append(percent)
+        if asked.away:
+            raise RuntimeError("503 Service Unavailable")
+
+    monkeypatch.setattr(obtain_module, "create_progress_artifact", create)
+    monkeypatch.setattr(obtain_module, "update_progress_artifact", update)
+    return asked
+
+
+def test_every_hundredth_is_an_artifact_and_every_tenth_a_line(
+    artifacts: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = _Shown("ucf101")
+    for done in range(1001):
+        shown("a.rar: downloading", done, 1000)
+    assert artifacts.created == [0] and artifacts.updated == list(range(1, 101))
+    assert capsys.readouterr().out.splitlines() == [f"  a.rar: downloading: {p} %" for p in range(0, 101, 10)]
+    shown("b.rar: downloading", 5, None)  # of a length that nobody knows
+    assert artifacts.updated[-1] == 0
+
+
+def test_a_server_of_prefects_that_fails_stops_no_download(
+    artifacts: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = _Shown("ucf101")
+    artifacts.away = True
+    for percent in range(35):
+        shown("a.rar: downloading", percent, 100)
+    assert artifacts.created == [0, 10, 20, 30] and artifacts.updated == []  # not asked at every step
+    artifacts.away = False
+    for percent in range(35, 43):
+        shown("a.rar: downloading", percent, 100)
+    assert artifacts.created[4:] == [40] and artifacts.updated == [41, 42]  # it is back
+    artifacts.away = True
+    for percent in range(43, 101):
+        shown("a.rar: downloading", percent, 100)
+    assert artifacts.updated[2:] == [43, 50, 60, 70, 80, 90, 100]
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if line.endswith("%")] == [f"  a.rar: downloading: {p} %" for p in range(0, 101, 10)]
+    other = [line for line in said if not line.endswith("%")]
+    assert (
+        other
+        == ["  a.rar: downloading: Prefect does not show the progress (RuntimeError: 503 Service Unavailable)"] * 2
+    )
