@@ -1,4 +1,4 @@
-"""A synthetic dataset of human actions in UCF-101's own layout: what pasnet trains on without a download.
+"""A synthetic dataset of human actions in UCF-101's or HMDB-51's layout: what pasnet trains on without a download.
 
 Real .avi files of one articulated person (COCO's 18 joints) before a procedural scene. It is built so that
 results on it mean something: only the *motion of the body* tells the classes apart, and some classes differ
@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ffmpeg as ff
 import numpy as np
@@ -162,6 +162,15 @@ CLASSES: tuple[str, ...] = ("JumpingJack", "Bow", "Kick", "TurnAround", "StandUp
                             "March", "ArmCircle")
 # fmt: on
 
+Layout = Literal["ucf", "hmdb"]
+# Where each layout has its lists. shards/datasets.py reads the first such folder, so there is never more than one.
+_LISTS: dict[Layout, str] = {"ucf": "ucfTrainTestlist", "hmdb": "testTrainMulti_7030_splits"}
+
+
+def class_folder(label: str, layout: Layout) -> str:
+    """What a class is called on disk: JumpingJack, or jumping_jack."""
+    return label if layout == "ucf" else re.sub(r"(?<!^)(?=[A-Z])", "_", label).lower()
+
 
 @dataclass(frozen=True, kw_only=True)
 class SynthConfig:
@@ -169,7 +178,7 @@ class SynthConfig:
 
     frames is the range of clip lengths, both ends included; size is (height, width) in pixels; difficulty in
     [0, 1] widens the views, shakes the camera, clutters the scene, adds noise and distractors and varies the
-    performances.
+    performances. layout says whose names and lists the same videos get: UCF-101's or HMDB-51's.
     """
 
     num_classes: int = 12
@@ -180,6 +189,7 @@ class SynthConfig:
     difficulty: float = 0.5
     size: tuple[int, int] = (240, 320)  # UCF-101's
     fps: int = 25  # UCF-101's
+    layout: Layout = "ucf"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be generated, with one line that says why."""
@@ -199,6 +209,7 @@ class SynthConfig:
             (0 <= self.difficulty <= 1, "difficulty must be in [0, 1]", self.difficulty),
             (sizes_good, "size must be (height, width), even numbers of at least 48", size),
             (1 <= self.fps <= 120, "fps must be in 1..120", self.fps),
+            (self.layout in _LISTS, f"layout must be one of {', '.join(_LISTS)}", self.layout),
         )
         for good, rule, value in checks:
             if not good:
@@ -206,8 +217,16 @@ class SynthConfig:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class names in the order of their labels: alphabetical whatever the case, as in UCF-101."""
-        return tuple(sorted(CLASSES[: self.num_classes], key=str.lower))
+        """The classes in the order of their labels: alphabetical whatever the case, as in UCF-101, or by folder."""
+        return tuple(sorted(CLASSES[: self.num_classes], key=lambda name: class_folder(name, self.layout).lower()))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What synth.json holds: no default layout, so that folders of before there was a choice are recognised."""
+        values = dataclasses.asdict(self)
+        if self.layout == "ucf":
+            del values["layout"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -217,16 +236,28 @@ class Clip:
     label: str
     group: int
     number: int
+    layout: Layout = "ucf"
 
     @property
     def key(self) -> str:
-        """The file name without ".avi", as in the lists and in joints.parquet."""
+        """The file name without ".avi", as in the lists and in joints.parquet.
+
+        HMDB-51's names begin with the film, which a group is, and end with tags (body parts seen, camera motion,
+        people, view, quality), here the same for all, and the number in the film, from 0.
+        """
+        if self.layout == "hmdb":
+            return f"synth{self.group:02d}_{self.folder}_f_cm_np1_fr_med_{self.number - 1}"
         return f"v_{self.label}_g{self.group:02d}_c{self.number:02d}"
+
+    @property
+    def folder(self) -> str:
+        """The class folder."""
+        return class_folder(self.label, self.layout)
 
     @property
     def name(self) -> str:
         """The path under videos/, as UCF-101's lists write it."""
-        return f"{self.label}/{self.key}.avi"
+        return f"{self.folder}/{self.key}.avi"
 
 
 @dataclass(frozen=True)
@@ -245,7 +276,7 @@ class Rendered:
 def clips(config: SynthConfig) -> list[Clip]:
     """All clips of the dataset in the order of the lists."""
     return [
-        Clip(label, g, c)
+        Clip(label, g, c, config.layout)
         for label in config.classes
         for g in range(1, config.groups + 1)
         for c in range(1, config.clips_per_group + 1)
@@ -859,7 +890,16 @@ def _encode(frames: npt.NDArray[np.uint8], path: Path, fps: int, ffmpeg: str) ->
 
 
 def _lists(config: SynthConfig) -> dict[str, bytes]:
-    """File name -> content of UCF-101's official lists, CRLF line ends and all."""
+    """File name -> content of the official lists: UCF-101's, CRLF line ends and all, or HMDB-51's."""
+    if config.layout == "hmdb":
+        written: dict[str, str] = {}
+        for split in (1, 2, 3):
+            test = held_out(config, split)
+            for c in clips(config):
+                name = f"{c.folder}_test_split{split}.txt"
+                line = f"{c.key}.avi {2 if c.group in test else 1} \n"  # the blank is theirs too
+                written[name] = written.get(name, "") + line
+        return {name: lines.encode("ascii") for name, lines in written.items()}
 
     def text(lines: Iterable[str]) -> bytes:
         return "".join(line + "\r\n" for line in lines).encode("ascii")
@@ -888,13 +928,20 @@ def _files(config: SynthConfig) -> list[str]:
     """Every file of the dataset but synth.json, relative to its folder."""
     return (
         [f"videos/{c.name}" for c in clips(config)]
-        + [f"ucfTrainTestlist/{n}" for n in _lists(config)]
+        + [f"{_LISTS[config.layout]}/{n}" for n in _lists(config)]
         + ["joints.parquet"]
     )
 
 
-# What a clip of any config is called, or its half-written form.
-_OURS = re.compile(rf"videos/({'|'.join(CLASSES)})/v_\1_g\d\d_c\d\d\.avi(\.tmp)?")
+# What a clip of any config is called, or its half-written form; and a list.
+_FOLDERS = "|".join(class_folder(name, "hmdb") for name in CLASSES)
+_OURS = re.compile(
+    rf"videos/(({'|'.join(CLASSES)})/v_\2_g\d\d_c\d\d|({_FOLDERS})/synth\d\d_\3_f_cm_np1_fr_med_\d+)\.avi(\.tmp)?"
+)
+_OUR_LISTS = re.compile(
+    rf"{_LISTS['ucf']}/(classInd|(train|test)list0[123])\.txt(\.tmp)?"
+    rf"|{_LISTS['hmdb']}/({_FOLDERS})_test_split[123]\.txt(\.tmp)?"
+)
 
 
 def is_complete(out: Path, config: SynthConfig) -> bool:
@@ -907,7 +954,7 @@ def is_complete(out: Path, config: SynthConfig) -> bool:
         isinstance(record, dict)
         and record.get("finished") is True
         and record.get("version") == VERSION
-        and record.get("config") == json.loads(json.dumps(dataclasses.asdict(config)))
+        and record.get("config") == json.loads(json.dumps(config.record))
         and record.get("sizes_sha256") == _sizes(out, _files(config)) is not None
     )
 
@@ -923,9 +970,11 @@ def generate(
     """Write the dataset into `out` and return `out`; nothing is done if it is there already.
 
     out/videos/<Class>/v_<Class>_gNN_cMM.avi, out/ucfTrainTestlist/*.txt, out/joints.parquet (one row per
-    frame: key, frame from 0, x[18] and y[18] in pixels, visible[18]) and, last of all, out/synth.json. A
-    folder that an interrupted run or another config left is regenerated, and its clips that do not belong are
-    removed; a folder with anybody else's videos is refused with ConfigError.
+    frame: key, frame from 0, x[18] and y[18] in pixels, visible[18]) and, last of all, out/synth.json. In
+    HMDB-51's layout: out/videos/<class>/synthNN_<class>_<tags>_M.avi and
+    out/testTrainMulti_7030_splits/<class>_test_split{1,2,3}.txt. A folder that an interrupted run or another
+    config left is regenerated, and its clips and lists that do not belong are removed; a folder with anybody
+    else's videos, or lists that would be read for ours, is refused with ConfigError.
 
     ffmpeg: the executable.  workers: threads; the files are the same for any number (numpy and ffmpeg work
     outside Python's lock for most of the time).  progress: called as progress(clips done, clips in all) after
@@ -936,23 +985,31 @@ def generate(
         return out
     wanted = {f"videos/{c.name}" for c in clips(config)}
     present = {p.relative_to(out).as_posix() for p in (out / "videos").glob("*/*")}
+    wanted_lists = {f"{_LISTS[config.layout]}/{n}" for n in _lists(config)}
+    lists = {p.relative_to(out).as_posix() for folder in _LISTS.values() for p in (out / folder).glob("*.txt*")}
     # Real data must never be overwritten or removed, whatever folder somebody names.
     foreign = {n for n in present if not _OURS.fullmatch(n)}
     if not (out / "synth.json").exists():
         foreign |= {n for n in present if n.removesuffix(".tmp") not in wanted}
     if foreign:
         raise ConfigError(f"{out} holds other videos, such as {min(foreign)}: choose another folder")
+    # Lists of HMDB-51 would be read with ours, or before them; UCF-101's have the names of ours.
+    foreign = {n for n in lists if n.startswith(_LISTS["hmdb"]) and "_test_split" in n and not _OUR_LISTS.fullmatch(n)}
+    if not (out / "synth.json").exists():
+        foreign |= {n for n in lists - wanted_lists if _OUR_LISTS.fullmatch(n)}
+    if foreign:
+        raise ConfigError(f"{out} holds other lists, such as {min(foreign)}: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"finished": False, "version": VERSION, "config": dataclasses.asdict(config)}
+    record: dict[str, Any] = {"finished": False, "version": VERSION, "config": config.record}
     # From here on the folder is known as ours, and as unfinished.
     _replace(out / "synth.json", json.dumps(record, indent=1).encode())
-    for name in present - wanted:
+    for name in (present - wanted) | {n for n in lists - wanted_lists if _OUR_LISTS.fullmatch(n)}:
         (out / name).unlink()
-    for folder in (out / "videos").glob("*"):
+    for folder in [*(out / "videos").glob("*"), *(out / name for name in _LISTS.values())]:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     for label in config.classes:
-        (out / "videos" / label).mkdir(parents=True, exist_ok=True)
+        (out / "videos" / class_folder(label, config.layout)).mkdir(parents=True, exist_ok=True)
 
     def one(clip: Clip) -> Rendered:
         done = render_clip(config, clip)
@@ -978,9 +1035,9 @@ def generate(
     found = [j for j in joints if j is not None]
     record["joints_sha256"] = _write_joints(out / "joints.parquet", todo, found)
     record["names_sha256"] = hashlib.sha256("\n".join(c.name for c in todo).encode()).hexdigest()
-    (out / "ucfTrainTestlist").mkdir(exist_ok=True)
+    (out / _LISTS[config.layout]).mkdir(exist_ok=True)
     for name, content in _lists(config).items():
-        _replace(out / "ucfTrainTestlist" / name, content)
+        _replace(out / _LISTS[config.layout] / name, content)
     record |= {
         "finished": True,
         "frames": sum(len(j.xy) for j in found),

@@ -1,4 +1,4 @@
-"""The synthetic dataset: UCF-101's format to the byte, reproducible, nothing but motion in its classes."""
+"""The synthetic dataset: UCF-101's format to the byte, or HMDB-51's, reproducible, only motion in its classes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from pasnet import synth
-from pasnet.config import ConfigError
+from pasnet.config import ConfigError, from_dict
+from pasnet.pose_train import Frames
 from pasnet.synth import Clip, SynthConfig
+from shards import Dataset, build, find_dataset, open_shards, scan
 
 # Two pairs that differ by order alone, four other classes; three splits need three groups.
 SMALL = SynthConfig(num_classes=8, groups=3, clips_per_group=1, frames=(8, 12), seed=5)
 SMALL_CLASSES = ["Bow", "JumpingJack", "Kick", "LowerArms", "RaiseArms", "SitDown", "StandUp", "TurnAround"]
+# The same videos in both layouts.
+UCF = SynthConfig(num_classes=6, groups=4, clips_per_group=2, frames=(2, 3), seed=5, size=(48, 64))
+HMDB = dataclasses.replace(UCF, layout="hmdb")
 WRISTS = [synth.JOINTS.index("r_wrist"), synth.JOINTS.index("l_wrist")]
 HIPS = [synth.JOINTS.index("r_hip"), synth.JOINTS.index("l_hip")]
 
@@ -280,9 +285,109 @@ def test_motion_tells_the_classes_apart() -> None:
     assert right / 24 > 0.5  # chance is 1/12
 
 
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, ffmpeg: str) -> tuple[Path, Path]:
+    """One config in both layouts: UCF-101's, HMDB-51's."""
+    folder = tmp_path_factory.mktemp("layouts")
+    ucf = synth.generate(folder / "ucf", UCF, ffmpeg=ffmpeg)
+    return ucf, synth.generate(folder / "hmdb", HMDB, ffmpeg=ffmpeg)
+
+
+class TestHmdbLayout:
+    """The same videos under HMDB-51's names and lists."""
+
+    def test_only_names_differ(self, both: tuple[Path, Path]) -> None:
+        """Pictures and joints are the same to the byte."""
+        ours, theirs = (pq.read_table(folder / "joints.parquet") for folder in both)
+        assert ours.drop(["key"]) == theirs.drop(["key"])
+        names = {one.key: other.key for one, other in zip(synth.clips(UCF), synth.clips(HMDB), strict=True)}
+        assert [names[key] for key in ours["key"].to_pylist()] == theirs["key"].to_pylist()
+        for one, other in zip(synth.clips(UCF), synth.clips(HMDB), strict=True):
+            assert (both[0] / "videos" / one.name).read_bytes() == (both[1] / "videos" / other.name).read_bytes()
+        assert sorted(p.name for p in both[1].iterdir()) == [
+            "joints.parquet", "synth.json", "testTrainMulti_7030_splits", "videos"]  # fmt: skip
+
+    def test_lists_are_in_the_official_format(self, both: tuple[Path, Path]) -> None:
+        """A blank at the end of each line, 1 for training and 2 for tests; three lists of every class."""
+        lists = both[1] / "testTrainMulti_7030_splits"
+        classes = ["bow", "jumping_jack", "kick", "sit_down", "stand_up", "turn_around"]
+        assert sorted(p.name for p in lists.iterdir()) == [f"{c}_test_split{i}.txt" for c in classes for i in (1, 2, 3)]
+        assert (lists / "stand_up_test_split2.txt").read_bytes().decode() == "".join(
+            f"synth0{group}_stand_up_f_cm_np1_fr_med_{number}.avi {2 if group == 2 else 1} \n"
+            for group in (1, 2, 3, 4) for number in (0, 1))  # fmt: skip
+
+    def test_shards_read_labels_splits_and_groups(self, both: tuple[Path, Path]) -> None:
+        """As of UCF-101's layout, but a group is a film, which HMDB-51's names do not tie to a class."""
+        ucf, hmdb = (scan(*find_dataset(folder)) for folder in both)
+        assert hmdb.name == "hmdb-layout" and not hmdb.missing and not hmdb.ignored and hmdb.listed == 48
+        assert hmdb.usable_splits == (1, 2, 3)
+        assert hmdb.class_names == ("bow", "jumping_jack", "kick", "sit_down", "stand_up", "turn_around")
+
+        def facts(dataset: Dataset, between: str) -> list[tuple[object, ...]]:
+            found = [(v.label, v.group.rpartition(between)[2], v.splits) for v in dataset.videos]
+            return sorted(found, key=str)
+
+        assert facts(hmdb, "synth") == facts(ucf, "/g")
+        assert {v.group for v in hmdb.videos} == {"synth01", "synth02", "synth03", "synth04"}
+
+    def test_pose_training_finds_all_joints(self, both: tuple[Path, Path], tmp_path: Path) -> None:
+        """By the shards' own keys, in each frame."""
+        build(scan(*find_dataset(both[1])), tmp_path / "shards", num_shards=2)
+        shards = open_shards(tmp_path / "shards")
+        frames = Frames(shards, both[1] / "joints.parquet")
+        keys = pq.read_table(both[1] / "joints.parquet")["key"].to_pylist()
+        assert len(shards.keys) == 48 and sum(shards.num_frames) == len(keys)
+        assert [keys[first] for first in frames.first] == [key.split("/")[1] for key in shards.keys]
+
+    def test_labels_are_in_one_order_in_both_layouts(self) -> None:
+        """However many classes there are, although HMDB-51's are sorted by folder."""
+        for n in range(2, len(synth.CLASSES) + 1):
+            one, other = (SynthConfig(num_classes=n, layout=layout) for layout in ("ucf", "hmdb"))
+            assert one.classes == other.classes
+            folders = [synth.class_folder(label, "hmdb") for label in other.classes]
+            assert folders == sorted(folders)
+
+    def test_a_folder_changes_its_layout(self, both: tuple[Path, Path], tmp_path: Path, ffmpeg: str) -> None:
+        """Nothing of the other layout, or of other classes, is left for the parser to find."""
+        shutil.copytree(both[1], tmp_path, dirs_exist_ok=True)
+        assert synth.is_complete(tmp_path, HMDB) and not synth.is_complete(tmp_path, UCF)
+        synth.generate(tmp_path, UCF, ffmpeg=ffmpeg)
+        assert contents(tmp_path) == contents(both[0])
+        synth.generate(tmp_path, HMDB, ffmpeg=ffmpeg)
+        assert contents(tmp_path) == contents(both[1])
+        synth.generate(tmp_path, dataclasses.replace(HMDB, num_classes=2), ffmpeg=ffmpeg)
+        assert scan(*find_dataset(tmp_path)).class_names == ("bow", "jumping_jack")
+
+    @pytest.mark.parametrize("name", ["brush_hair", "kick"])
+    def test_real_lists_are_refused(self, tmp_path: Path, ffmpeg: str, name: str) -> None:
+        """Those of HMDB-51 would be read for ours, and one of its classes is called like one of ours."""
+        theirs = tmp_path / f"testTrainMulti_7030_splits/{name}_test_split1.txt"
+        theirs.parent.mkdir(parents=True)
+        theirs.write_bytes(b"precious")
+        with pytest.raises(ConfigError, match=f"other lists, such as .*{name}_test_split1"):
+            synth.generate(tmp_path, UCF, ffmpeg=ffmpeg)
+        assert contents(tmp_path) == {f"testTrainMulti_7030_splits/{name}_test_split1.txt": b"precious"}
+
+    def test_the_command_line_takes_it(self) -> None:
+        """As text; what is no layout is refused."""
+        assert from_dict(SynthConfig, {"layout": "hmdb"}) == SynthConfig(layout="hmdb")
+        with pytest.raises(ConfigError, match="layout"):
+            from_dict(SynthConfig, {"layout": "jhmdb"})
+
+
+def test_the_default_layouts_record_is_that_of_before_there_was_a_choice(dataset: Path) -> None:
+    """Folders that were made then are still complete; the names have the digest of then."""
+    record = json.loads((dataset / "synth.json").read_text())
+    assert list(record["config"]) == ["num_classes", "groups", "clips_per_group", "frames", "seed", "difficulty",
+        "size", "fps"]  # fmt: skip
+    assert record["version"] == 1 and synth.is_complete(dataset, dataclasses.replace(SMALL, layout="ucf"))
+    assert record["names_sha256"] == "c9581422383a89334391dd5ede13c275eb188c9283cdaa33d200fe445fab56e8"
+
+
 @pytest.mark.parametrize("bad", [{"num_classes": 1}, {"num_classes": 99}, {"groups": 2}, {"groups": 100},
                                  {"frames": (5, 4)}, {"frames": (1, 4)}, {"difficulty": 1.1}, {"seed": -1},
-                                 {"size": (241, 320)}, {"clips_per_group": 0}, {"fps": 0}])  # fmt: skip
+                                 {"size": (241, 320)}, {"clips_per_group": 0}, {"fps": 0},
+                                 {"layout": "jhmdb"}])  # fmt: skip
 def test_bad_settings_are_refused(bad: dict[str, object]) -> None:
     """The message names the setting."""
     with pytest.raises(ConfigError, match=next(iter(bad))):
