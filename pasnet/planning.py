@@ -3,6 +3,9 @@
 Work is counted (pasnet/models/cost.py: a training clip costs three forward passes, one evaluated clip costs one). Hours
 are that work divided by a rate that was measured on the same kind of device, in a finished training of this study or
 by `make bench`; where there is no such measurement, there are no hours, and the plan says how to get them.
+
+Of data that are not there yet the disk is estimated, downloads and generated videos included: "about" in the text,
+"estimate" in JSON. Where a part is unknown or only its least is known, that is "at least", "at_least".
 """
 
 from __future__ import annotations
@@ -42,9 +45,40 @@ OFFICIAL: dict[str, tuple[int, int, dict[str, dict[str, int]]]] = {  # classes, 
         },
     ),
     "hmdb51": (51, 6_766, {f"split{split}": {"train": 3_570, "test": 1_530} for split in (1, 2, 3)}),
+    "jhmdb": (
+        21,
+        928,
+        {
+            "split1": {"train": 660, "test": 268},
+            "split2": {"train": 658, "test": 270},
+            "split3": {"train": 663, "test": 265},
+        },
+    ),
 }
+# Mean frames of a video. UCF-101: the paper; HMDB-51: counted over the 6,371 clips that a split uses (architecture
+# facts, 4.1 and 4.2). Nobody has counted J-HMDB's for us.
+MEAN_FRAMES = {"ucf101": 186.36, "hmdb51": 93.23}
+# Of a frame of such videos at 340x256, bicubic, quality 90: 3,408 kB for a clip of 169 frames (performance facts, 2).
+# Those facts' 48 GB for UCF-101 (8) are the bilinear ones, 3,248 kB.
+FRAME_BYTES = 3_408_000 / 169
+# Of archives whose exact size SOURCES does not have (architecture facts, 4.2).
+ARCHIVE_BYTES = {"hmdb51": 2_100_000_000}
+# Of embedded videos of 240x320: (difficulty, bytes of a frame in the shards, in the .avi), measured in November 2026:
+# at 0 and 0.25 in the whole sets of presets smoke and science, else in 48 clips of 24 to 40 frames.
+SYNTH_BYTES = ((0.0, 10_400, 1_600), (0.25, 13_400, 2_100), (0.5, 19_500, 5_700), (1.0, 28_400, 17_300))
 BACKWARD = 2  # forward passes that a backward pass costs, as torch's FLOP counter and the benchmarks count
 NO_MEASUREMENT = "no measurement for {device}; give --clips-per-second or run `make bench`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Videos:
+    """Videos that are not there yet, and the disk that they will take."""
+
+    folder: Path
+    archives: int  # bytes of what is downloaded, which is kept; 0 where nothing is
+    archives_known: bool  # to the byte; else an estimate
+    videos: int
+    at_least: bool  # the videos take this or more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +87,8 @@ class Source:
 
     shards: Shards
     state: str  # "packed", "to be packed", "to be generated", "not there, official counts"
-    shard_bytes: int | None  # that the shards take or will take; None: not known without the videos
+    shard_bytes: int | None  # that the shards take or, estimated, will take; None: not known without the videos
+    videos: Videos | None = None  # that must be downloaded or generated first
 
     @property
     def packed(self) -> bool:
@@ -128,13 +163,21 @@ def sources(study: Study) -> list[Source]:
     found = []
     for source in study.data:
         if source == EMBEDDED:
-            found.append(_packed(study, EMBEDDED) or _embedded(EMBEDDED, study.size.synth))
+            found.append(_packed(study, EMBEDDED) or _embedded(study, EMBEDDED, study.size.synth))
             continue
         path = Path(source)
         if not path.exists() and path.name in OFFICIAL:
             classes, videos, subsets = OFFICIAL[path.name]
             shards = _expected(path.name, classes, videos, subsets)
-            found.append(Source(shards=shards, state="not there, official counts", shard_bytes=None))
+            frames = MEAN_FRAMES.get(path.name)
+            found.append(
+                Source(
+                    shards=shards,
+                    state="not there, official counts",
+                    shard_bytes=None if frames is None else round(videos * frames * FRAME_BYTES),
+                    videos=_download(path),
+                )
+            )
             continue
         found.append(_of_videos(study, path))
     return found
@@ -145,7 +188,7 @@ def source_of_d0(study: Study) -> Source | None:
     if not study.d0:
         return None
     if study.d0 == EMBEDDED:
-        return _packed(study, D0_EMBEDDED) or _embedded(D0_EMBEDDED, study.size.d0_synth)
+        return _packed(study, D0_EMBEDDED) or _embedded(study, D0_EMBEDDED, study.size.d0_synth)
     if (Path(study.d0) / "manifest.json").is_file():
         return _finished(Path(study.d0))
     return _of_videos(study, Path(study.d0), "-d0")
@@ -242,14 +285,24 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
         )
     disk = plan["disk"]
     shards = " and ".join(
-        f"{of['dataset']} {'unknown until there are videos' if of['bytes'] is None else _size(of['bytes'])}"
+        f"{of['dataset']} {'unknown until there are videos' if of['bytes'] is None else _said(of['bytes'], of)}"
         for of in disk["shards"]
     )
     said.append(f"disk: shards {shards or 'are there'}; checkpoints {_size(disk['checkpoints'])}")
+    for of in disk["videos"]:
+        archives = (
+            f"archives {_said(of['archives'], {'estimate': of['archives_estimate']})}, " if of["archives"] else ""
+        )
+        said.append(f"  before that, {of['dataset']} in {of['folder']}: {archives}videos {_said(of['bytes'], of)}")
     said.append(
-        f"  still to write {_size(disk['to_write'])}, free {_size(disk['free'])}"
-        + ("" if disk["enough"] else ": NOT ENOUGH")
+        f"  still to write {_said(disk['to_write'], disk)}, free {_size(disk['free'])}"
+        + ("" if disk["to_write"] <= disk["free"] else ": NOT ENOUGH")
     )
+    for of in disk["elsewhere"]:
+        said.append(
+            f"  and on the disk of {of['folder']} {_said(of['to_write'], of)}, free {_size(of['free'])}"
+            + ("" if of["to_write"] <= of["free"] else ": NOT ENOUGH")
+        )
     return said
 
 
@@ -282,7 +335,21 @@ def _of_videos(study: Study, path: Path, suffix: str = "") -> Source:
     return Source(shards=shards, state="to be packed", shard_bytes=estimate_bytes(dataset, DecodeSettings()))
 
 
-def _embedded(name: str, synth: Mapping[str, Any]) -> Source:
+def _download(path: Path) -> Videos:
+    """What `pasnet shards fetch` leaves of an official set: its archives, and what is in them."""
+    from shards.fetch import SOURCES
+
+    source = SOURCES[path.name]
+    videos = source.videos.size or ARCHIVE_BYTES[path.name]
+    known = source.videos.size is not None and source.splits.size is not None
+    archives = videos + (source.splits.size or 0)
+    # no archive is larger than what is in it, and these hold compressed videos, which get hardly smaller
+    return Videos(folder=path, archives=archives, archives_known=known, videos=videos, at_least=True)
+
+
+def _embedded(study: Study, name: str, synth: Mapping[str, Any]) -> Source:
+    import numpy as np
+
     from pasnet.synth import SynthConfig, clips, held_out
 
     config = from_dict(SynthConfig, dict(synth))
@@ -292,7 +359,24 @@ def _embedded(name: str, synth: Mapping[str, Any]) -> Source:
         test = sum(group in held_out(config, split) for group in groups)
         subsets[f"split{split}"] = {"train": len(groups) - test, "test": test}
     shards = _expected(name, len(config.classes), len(groups), subsets)
-    return Source(shards=shards, state="to be generated", shard_bytes=None)
+    # lengths are drawn evenly from the range, both ends included
+    frames = len(groups) * sum(config.frames) / 2
+    difficulties, packed, encoded = zip(*SYNTH_BYTES, strict=True)
+    pixels = math.prod(config.size) / (240 * 320)  # the shards' frames have one size
+    folder = study.root / "data" / name
+    videos = Videos(
+        folder=folder,
+        archives=0,
+        archives_known=True,
+        videos=round(frames * pixels * float(np.interp(config.difficulty, difficulties, encoded))),
+        at_least=False,
+    )
+    return Source(
+        shards=shards,
+        state="to be generated",
+        shard_bytes=round(frames * float(np.interp(config.difficulty, difficulties, packed))),
+        videos=None if (folder / "joints.parquet").is_file() else videos,
+    )
 
 
 def _expected(name: str, classes: int, videos: int, subsets: Mapping[str, Mapping[str, int]]) -> Shards:
@@ -460,6 +544,7 @@ def _dataset(of: Source) -> dict[str, Any]:
         "videos": shards.videos,
         "subsets": {name: dict(count) for name, count in shards.subsets.items()},
         "shard_bytes": of.shard_bytes,
+        "shard_bytes_estimate": not of.packed and of.shard_bytes is not None,
     }
 
 
@@ -486,22 +571,82 @@ def _totals(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _disk(study: Study, found: Sequence[Source], trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    place = study.root.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    """What is to be written and what is free, on the study's disk and on others that videos are downloaded to."""
+    place = _existing(study.root)
     missing = [of for of in trainings if not of["checkpoint_there"]]
     # a checkpoint is written beside the one that it replaces
     scratch = max((of["checkpoint_bytes"] for of in trainings if of["state"] != "done"), default=0)
-    to_write = sum(of.shard_bytes or 0 for of in found if not of.packed)
+    to_pack = [of for of in found if not of.packed]
+    to_write = sum(of.shard_bytes or 0 for of in to_pack)
     to_write += sum(of["checkpoint_bytes"] for of in missing) + scratch
+    estimate, at_least = bool(to_pack), any(of.shard_bytes is None for of in to_pack)
+    videos, elsewhere = [], dict[int, dict[str, Any]]()
+    for of in found:
+        if of.videos is None:
+            continue
+        coming, there = of.videos, _existing(of.videos.folder)
+        videos.append(
+            {
+                "dataset": of.shards.dataset,
+                "folder": str(coming.folder),
+                "archives": coming.archives,
+                "archives_estimate": not coming.archives_known,
+                "bytes": coming.videos,
+                "estimate": True,
+                "at_least": coming.at_least,
+            }
+        )
+        if _device(there) == _device(place):
+            to_write += coming.archives + coming.videos
+            at_least |= coming.at_least
+            continue
+        other = elsewhere.setdefault(
+            _device(there),
+            {"folder": str(coming.folder), "to_write": 0, "estimate": True, "at_least": False, "free": _free(there)},
+        )
+        other["to_write"] += coming.archives + coming.videos
+        other["at_least"] |= coming.at_least
+    free = _free(place)
     return {
-        "shards": [{"dataset": of.shards.dataset, "bytes": of.shard_bytes, "there": of.packed} for of in found],
+        "shards": [
+            {
+                "dataset": of.shards.dataset,
+                "bytes": of.shard_bytes,
+                "there": of.packed,
+                "estimate": not of.packed and of.shard_bytes is not None,
+            }
+            for of in found
+        ],
+        "videos": videos,
         "checkpoints": sum(of["checkpoint_bytes"] for of in trainings),
         "to_write": to_write,
+        "estimate": estimate,
+        "at_least": at_least,
         "free": free,
-        "enough": to_write <= free,
+        "elsewhere": list(elsewhere.values()),
+        "enough": to_write <= free and all(of["to_write"] <= of["free"] for of in elsewhere.values()),
     }
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _device(path: Path) -> int:
+    return path.stat().st_dev
+
+
+def _free(path: Path) -> int:
+    return shutil.disk_usage(path).free
+
+
+def _said(count: int, of: Mapping[str, Any]) -> str:
+    """A size as sure as it is."""
+    return ("at least " if of.get("at_least") else "") + ("about " if of["estimate"] else "") + _size(count)
 
 
 def _pflop(value: float) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pasnet import planning
 from pasnet.cli import main
 from pasnet.config import ConfigError, FusionConfig, ModelConfig
 from pasnet.models.cost import cost
@@ -135,3 +136,71 @@ def test_a_set_to_learn_from_beforehand_is_planned_once_and_first() -> None:
     assert {of["dataset"] for of in planned["datasets"]} == {"synthetic", "synthetic-d0"}
     alone = plan(Study(preset="tiny", pretrain="none", splits=(1, 2)), clips_per_second=1.0)
     assert len(alone["trainings"]) == 4
+
+
+def test_the_disk_of_official_sets_is_estimated_before_they_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 10**12
+    monkeypatch.setattr(planning, "_free", lambda path: free)
+    data_folders, tables = (f"{tmp_path}/ucf101", f"{tmp_path}/hmdb51"), ("table-3", "table-5")
+    study = Study(data=data_folders, tables=tables, out=str(tmp_path / "out"))
+    disk = plan(study, clips_per_second=1.0)["disk"]
+    sizes = {of["dataset"]: of["bytes"] for of in disk["shards"]}
+    assert 45e9 < sizes["ucf101"] < 53e9  # the facts: about 48 GB
+    assert sizes["hmdb51"] == pytest.approx(6_766 * 93.23 * 20_166, rel=1e-3)
+    assert all(of["estimate"] and not of["there"] for of in disk["shards"])
+    videos = {of["dataset"]: of for of in disk["videos"]}
+    assert videos["ucf101"]["archives"] == 6_932_971_618 + 113_943 and videos["hmdb51"]["archives"] == 2.1e9
+    assert not videos["ucf101"]["archives_estimate"] and videos["hmdb51"]["archives_estimate"]
+    assert all(of["estimate"] and of["at_least"] and of["bytes"] > 2e9 for of in videos.values())
+    data = sum(sizes.values()) + sum(of["archives"] + of["bytes"] for of in videos.values())
+    assert disk["to_write"] >= data + disk["checkpoints"]
+    assert disk["estimate"] and disk["at_least"] and disk["enough"] and not disk["elsewhere"]
+    free = data  # enough for all but the checkpoints
+    planned = plan(study, clips_per_second=1.0)
+    assert not planned["disk"]["enough"]
+    said = "\n".join(lines(planned))
+    assert "shards ucf101 about 50.1 GB and hmdb51 about 12.7 GB; checkpoints" in said
+    assert "archives 6.9 GB, videos at least about 6.9 GB" in said and "archives about 2.1 GB" in said
+    assert "still to write at least about " in said and said.endswith(": NOT ENOUGH")
+
+
+def test_what_is_not_known_is_said_to_be_at_least(tmp_path: Path) -> None:
+    disk = (planned := plan(Study(data=(f"{tmp_path}/jhmdb",), preset="smoke"), clips_per_second=1.0))["disk"]
+    assert planned["datasets"][0]["subsets"]["split3"] == {"train": 663, "test": 265}
+    assert disk["shards"] == [{"dataset": "jhmdb", "bytes": None, "there": False, "estimate": False}]
+    assert disk["at_least"] and disk["to_write"] > 2 * 185_602_053  # what is downloaded, and what is in it
+    said = "\n".join(lines(planned))
+    assert "jhmdb unknown until there are videos" in said and "still to write at least about" in said
+
+
+def test_videos_on_another_disk_need_room_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.setattr(planning, "_device", lambda path: int(path == other))
+    monkeypatch.setattr(planning, "_free", lambda path: 10**9 if path == other else 10**12)
+    study = Study(data=(f"{other}/ucf101",), tables=("table-2",), fusions=TINY, out=str(tmp_path / "out"))
+    planned = plan(study, clips_per_second=1.0)
+    disk = planned["disk"]
+    [there] = disk["elsewhere"]
+    assert there["to_write"] == 2 * 6_932_971_618 + 113_943 and there["free"] == 10**9
+    assert disk["to_write"] <= disk["free"] and not disk["at_least"] and not disk["enough"]
+    assert f"and on the disk of {other}/ucf101 at least about 13.9 GB, free 1.0 GB: NOT ENOUGH" in lines(planned)[-1]
+
+
+def test_the_disk_of_embedded_sets_is_estimated_as_they_were_measured(tmp_path: Path) -> None:
+    study = Study(preset="science", out=str(tmp_path))
+    planned = plan(study, clips_per_second=1.0)
+    by_name = {of["dataset"]: of for of in planned["disk"]["shards"]}
+    # whole folders of shards of such studies, in November 2026
+    assert by_name["synthetic"]["bytes"] == pytest.approx(9_276 * 12_894, rel=0.1)
+    assert by_name["synthetic-d0"]["bytes"] == pytest.approx(15_480 * 13_772, rel=0.1)
+    assert all(of["estimate"] for of in by_name.values()) and planned["datasets"][0]["shard_bytes_estimate"]
+    assert planned["disk"]["estimate"] and not planned["disk"]["at_least"]
+    first = planned["disk"]["videos"][0]
+    assert first["archives"] == 0 and first["bytes"] == pytest.approx(9_276 * 2_024, rel=0.1)
+    assert "still to write about " in lines(planned)[-1]
+    (tmp_path / "data" / "synthetic").mkdir(parents=True)
+    (tmp_path / "data" / "synthetic" / "joints.parquet").touch()  # generated, but not packed
+    assert [of["dataset"] for of in plan(study, clips_per_second=1.0)["disk"]["videos"]] == ["synthetic-d0"]
