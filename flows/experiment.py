@@ -36,7 +36,8 @@ def evaluate(job: Job) -> str:
 def run_jobs(jobs: Sequence[Job], tracking_uri: str, pose: PoseJob | None = None) -> dict[str, str]:
     """Runs every job after what it starts from; {folder: what went wrong} for those that failed, or could not start.
 
-    A failed training stops only what starts from it. How many run at once is settled by `training_slot`.
+    A failed training stops only what starts from it, whose reason is then the same. How many run at once is settled by
+    `training_slot`.
     """
     trained: dict[str, PrefectFuture[str]] = {}
     evaluated: dict[str, PrefectFuture[str]] = {}
@@ -44,19 +45,28 @@ def run_jobs(jobs: Sequence[Job], tracking_uri: str, pose: PoseJob | None = None
     if pose and own_pose:
         trained[pose.folder] = own_pose
     for job in jobs:  # parents come first
-        before = [trained[folder] for folder in (job.parent, job.pose) if folder]
-        trained[job.folder] = train.submit(job, tracking_uri, wait_for=before)
+        parents = [trained[folder] for folder in (job.parent, job.pose) if folder]
+        trained[job.folder] = train.submit(job, tracking_uri, wait_for=parents)
         evaluated[job.folder] = evaluate.submit(job, wait_for=[trained[job.folder]])
-    failures = {}
+    failures: dict[str, str] = {}
     if pose and own_pose:
         own_pose.wait()
         if not own_pose.state.is_completed():
-            failures[pose.folder] = str(own_pose.state.message or own_pose.state.name)
+            failures[pose.folder] = _reason(own_pose)
             print(f"    FAILED {failures[pose.folder]}", flush=True)
-    for folder, future in evaluated.items():
-        future.wait()
-        if not future.state.is_completed():
-            cause = trained[folder].state if not trained[folder].state.is_completed() else future.state
-            failures[folder] = str(cause.message or cause.name)
-            print(f"    FAILED {failures[folder]}", flush=True)
+    for job in jobs:
+        evaluated[job.folder].wait()
+        if evaluated[job.folder].state.is_completed():
+            continue
+        lost = [folder for folder in (job.parent, job.pose) if folder and not trained[folder].state.is_completed()]
+        ended = trained[job.folder] if not trained[job.folder].state.is_completed() else evaluated[job.folder]
+        # of a training that was not begun Prefect knows no more than that
+        failures[job.folder] = f"not begun, since {failures[lost[0]]}" if lost else _reason(ended)
+        if not lost:
+            print(f"    FAILED {failures[job.folder]}", flush=True)
     return failures
+
+
+def _reason(future: PrefectFuture[str]) -> str:
+    found = future.state.result(raise_on_failure=False)
+    return str(found) if isinstance(found, BaseException) else str(future.state.message or future.state.name)

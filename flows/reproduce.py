@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
@@ -76,9 +77,15 @@ def pasnet(
         return show_plan(asked.planned())
     trainings_at_once()  # a bad value is better found before the videos are decoded
     seconds: dict[str, float] = {}
+    lost: dict[str, str] = {}
     if asked.fetch:
         with stage("fetch", seconds):
-            obtain(asked.datasets_to_fetch, asked.weights_to_fetch, asked.mirrors or ())
+            obtain([], asked.weights_to_fetch, asked.mirrors or ())  # what all rows want, and the smaller files
+            lost = obtain(asked.datasets_to_fetch, [], asked.mirrors or ())
+    if left := [source for source in asked.data if source not in lost]:
+        asked = asked.model_copy(update={"data": left})
+    else:
+        raise StudyError("; ".join(lost.values()))
     study, workers = asked.study(), asked.workers
     with stage("videos", seconds):
         datasets = [videos(study, source, workers) for source in study.data]
@@ -96,13 +103,17 @@ def pasnet(
         seconds["of which none of its processes ran"] = round(conducting, 1)
         print(f"  {started} processes started; {conducting / started:.2f} s each to conduct them", flush=True)
     with stage("tracking and report", seconds):
-        results = collect(study, shards, todo, failures, d0)
+        by_name = {Path(folder).name: reason for folder, reason in lost.items()}
+        results = collect(study, shards, todo, failures, d0, by_name)
         page = publish(study, [*shards, *([d0] if d0 else [])], results, seconds, uri)
     create_markdown_artifact(page, key="results", description="Ours beside the paper's")
     create_markdown_artifact(links_page(study.root, uri), key="mlflow", description="The rows' runs in MLflow")
     if failures:
         first, reason = next(iter(failures.items()))
-        raise StudyError(f"{len(failures)} of {len(todo)} trainings failed, such as {first}: {reason}")
+        failed = sum(job.folder in failures for job in todo)
+        raise StudyError(f"{failed} of {len(todo)} trainings failed, such as {first}: {reason}")
+    if lost:
+        raise StudyError("; ".join(lost.values()))
     return {"results": str(study.root / "results.json"), "seconds": seconds}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -22,6 +23,9 @@ from typing import IO
 from pasnet.config import ConfigError, to_dict
 from pasnet.study import Job, PoseJob
 
+_LINE: set[tuple[int, int]] = set()  # who waits for a training slot
+_HELD: set[tuple[int, int]] = set()  # who has one
+_TICKETS = itertools.count()
 RUNNING: list[tuple[float, float]] = []  # when a process of ours ran, start and end by time.monotonic()
 
 
@@ -58,7 +62,7 @@ def run_evaluation(job: Job) -> bool:
     if (out / "metrics.json").is_file() and (out / "predictions.parquet").is_file():
         return False
     command = ["evaluate", "--checkpoint", str(Path(job.folder) / "last.pt"), "--shards", job.config.data.shards]
-    with training_slot() as slot:
+    with training_slot(first=True) as slot:
         _run([*command, "--out", str(out)], Path(job.folder) / "evaluate.log", f"evaluate {job.title}", [slot])
     return True
 
@@ -95,23 +99,33 @@ def idle(start: float, end: float) -> float:
 
 
 @contextlib.contextmanager
-def training_slot() -> Iterator[int]:
+def training_slot(*, first: bool = False) -> Iterator[int]:
     """One of the machine's places for a training (PASNET_TRAININGS of them, default 1), whatever study asks for it.
 
     A lock of the kernel on a file, which the started process inherits: it is free when both are gone, however they
     ended. (Prefect's concurrency limits keep the slot of a process that was killed, and the next run then waits for
-    ever.) Yields the file's descriptor.
+    ever.) Who waits in this process stands in line, `first` before the others. Yields the file's descriptor.
     """
     base = Path(os.environ.get("PASNET_LOCKS") or tempfile.gettempdir()) / f"pasnet-{os.getuid()}-training"
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(f"{base}-{number}.lock", "a")) for number in range(trainings_at_once())]
-        mine = next(filter(_locked, files), None)
-        if mine is None:
-            print("    waiting for another training on this machine", flush=True)
-        while mine is None:
-            time.sleep(0.5)
-            mine = next(filter(_locked, files), None)
-        yield mine.fileno()
+    place = (0 if first else 1, next(_TICKETS))
+    try:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(f"{base}-{number}.lock", "a")) for number in range(trainings_at_once())]
+            _LINE.add(place)
+            said = False
+            try:
+                # a copy, since other threads come and go
+                while not (head := min(tuple(_LINE)) == place) or (mine := next(filter(_locked, files), None)) is None:
+                    if head and not said and not _HELD:  # by this process, which says what it does
+                        said = True
+                        print("    waiting for a training of another study on this machine", flush=True)
+                    time.sleep(0.2)
+                _HELD.add(place)
+            finally:
+                _LINE.remove(place)
+            yield mine.fileno()
+    finally:
+        _HELD.discard(place)  # when the lock is free
 
 
 def trainings_at_once() -> int:

@@ -232,7 +232,7 @@ def _table_4() -> list[Row]:
                     strategy="eco",
                     num_segments=(k,),
                     paper_top1=eco.get((dataset, k)),
-                    remark=_QUOTED_ECO,
+                    remark=_QUOTED_ECO if (dataset, k) in eco else "our sources do not give the paper's number",
                 )
             )
             rows.append(

@@ -133,7 +133,7 @@ def _estimate(differences: Mapping[int, Mapping[int, Mapping[str, int]]], groups
         return {**about, "low": None, "high": None, "verdict": "one seed"}
     of_seeds = float(by_seed.var(ddof=1)) / len(seeds)
     variance = of_seeds + spread
-    freedom = clusters - len(splits)
+    freedom = float(clusters - len(splits))
     if variance:
         parts = [part**2 / max(n, 1) for part, n in ((of_seeds, len(seeds) - 1), (spread, clusters - len(splits)))]
         freedom = variance**2 / sum(parts)

@@ -89,12 +89,38 @@ def about(study: dict[str, Any]) -> list[str]:
         part = f" with {share:.0%} of the training videos" if share < 1 else ""
         size = f"**width {width:g}**, {input_size}x{input_size} input"
         lines.append(f"Network: {size}; {start}; trained on {device}{part}; commit `{code}`.")
+    lines += _cost_of(done)
     differs = list(dict.fromkeys(difference for record in done for difference in record["differs"]))
     if differs:
         lines.append(
             "**Not the paper's setting**: the gap says how far these numbers are from the paper's, not how good the "
             f"reproduction is. What differs: {'; '.join(differs)}."
         )
+    return lines
+
+
+def _cost_of(done: Sequence[Record]) -> list[str]:
+    """Epochs by strategy, since their difference is one of the rows, too, and hours in all."""
+    lines = []
+    by_strategy: dict[str, set[str]] = {}
+    for record in done:
+        if "epochs" in record:  # results.json of before has none
+            by_strategy.setdefault(record["strategy"], set()).add(record["epochs"])
+    if by_strategy:
+        each = "; ".join(f"{name} {' or '.join(sorted(epochs))}" for name, epochs in by_strategy.items())
+        lines.append(f"Epochs on the target set: {each}.")
+        if len({sum(map(int, one.split(" + "))) for epochs in by_strategy.values() for one in epochs}) > 1:
+            lines[-1] += " Where they differ, a difference between rows is one of training time, too."
+    chain = {name: value for record in done for name, value in record.get("chain", {}).items()}
+    if chain:
+        hours = sum(chain.values()) / 3600
+        lines.append(
+            f"Hours: {hours:.2f} for {len(chain)} trainings, D0's and the pose network's included; in the tables, "
+            "those of a row's own last training."
+        )
+    shared = any("-d0" in name for name in chain) and len({record["seed"] for record in done}) > 1
+    if shared:
+        lines.append("What all seeds start from was trained once: standard deviations do not hold its spread.")
     return lines
 
 
@@ -244,7 +270,7 @@ def _class(of: dict[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "/")  # a bar would end the table's cell
+    return text.replace("|", "/").replace("\n", " ")  # either would end the table's cell
 
 
 def cells_of(record: Record) -> dict[str, str]:

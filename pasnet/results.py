@@ -26,7 +26,7 @@ from pasnet.experiments import QUESTIONS, Row
 from pasnet.journal import place_of
 from pasnet.ordering import comparisons
 from pasnet.report import results_page, table_csv, table_page
-from pasnet.study import Job, Shards, Study, dataset_for, trainings_for
+from pasnet.study import D0_EMBEDDED, Job, Shards, Study, dataset_for, trainings_for
 from pasnet.tracking import TrackingError, record_rows
 
 PATHS = (
@@ -45,10 +45,13 @@ def collect(
     made: Iterable[Job],
     failures: Mapping[str, str],
     d0: Shards | None = None,
+    lost: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """One record per row x split x seed, made from what lies in the folders. A row that was not run, or one of whose
-    trainings is in `failures` ({folder: reason}), says so instead of giving a number."""
-    by_place = {(job.training, job.config.data.split, job.config.seed): job for job in made}
+    trainings is in `failures` ({folder: reason}), says so instead of giving a number; so does one whose dataset is in
+    `lost` ({name: reason}), which could not be fetched."""
+    by_folder = {job.folder: job for job in made}
+    by_place = {(job.training, job.config.data.split, job.config.seed): job for job in by_folder.values()}
     records = []
     for row in study.rows:
         name = dataset_for(row, [of.dataset for of in shards])
@@ -56,8 +59,30 @@ def collect(
         for split in study.splits:
             for seed in study.seeds:
                 members = [by_place[training, split, seed] for training in trainings_for(study, row, shards, d0)]
-                records.append(_result(study, row, of, split, seed, members, failures))
+                record = _result(study, row, of, split, seed, members, failures)
+                if of is None and row.dataset in (lost or {}):
+                    record |= {"status": "failed", "reason": f"not fetched: {(lost or {})[row.dataset]}"}
+                if record["status"] == "done":
+                    record |= _behind(members, by_folder)
+                records.append(record)
     return records
+
+
+def _behind(members: Sequence[Job], by_folder: Mapping[str, Job]) -> dict[str, Any]:
+    """What a row's number took: `epochs` on its own dataset, such as "30 + 12" of ECO and PAS-Net, and `chain`, the
+    seconds of each training that it rests on, by folder, D0's and the pose network's included."""
+    chain: dict[str, float] = {}
+    for member in members:
+        line = [member]
+        while line[-1].parent:
+            line.append(by_folder[line[-1].parent])
+        for job in line:
+            if (done := Path(job.folder) / "done.json").is_file():
+                chain[Path(job.folder).name] = json.loads(done.read_text("utf-8"))["seconds"]
+            if job.pose and (quality := Path(job.pose) / "quality.json").is_file():
+                chain[Path(job.pose).name] = json.loads(quality.read_text("utf-8")).get("seconds", 0.0)
+        epochs = [str(job.config.optim.epochs) for job in reversed(line) if job.training.on == "D1"]
+    return {"epochs": " + ".join(epochs), "chain": {name: round(value, 1) for name, value in chain.items()}}
 
 
 def _result(
@@ -109,7 +134,7 @@ def _result(
         "id": f"{row.name} split{split} seed{seed} {digest([[Path(job.folder).name for job in members], numbers])}",
         "start": start,
         "weights": {name.lower(): _weights_hash(path, origins.get(name, start)) for name, path in parts},
-        "differs": _differences(row, of, members, all(path for _, path in parts)),
+        "differs": _differences(study, row, of, members),
         "width": config.model.width,
         "input_size": data.input_size,
         "train_fraction": data.train_fraction,
@@ -133,6 +158,7 @@ def _result(
             "strategy": row.strategy,
             "fusion": row.fusion,
             "num_segments": record["num_segments"],
+            "data.num_segments": record["num_segments"],  # of an ensemble all of them
         },
         "metrics": {
             "test/top1": numbers["top1"],
@@ -176,20 +202,24 @@ def _weights_hash(path: str, start: str) -> str:
     return f"sha256:{weights.sha256_of(Path(path))}" if path else start
 
 
-def _differences(row: Row, of: Shards, members: Sequence[Job], public_start: bool) -> list[str]:
+def _differences(study: Study, row: Row, of: Shards, members: Sequence[Job]) -> list[str]:
     """What keeps a result from being one in the paper's setting, as far as our defaults are that setting."""
     found = [] if of.dataset == row.dataset else [f"{of.dataset} instead of {row.dataset}"]
     found += [f"{of.missing} listed videos missing"] if of.missing else []
     found += [f"{of.failed} videos could not be decoded"] if of.failed else []
     source, first = members[0].training.source, members[0]
     if source:
-        found.append(f"{source.dataset} instead of Kinetics")
-        bare = first.config.model.needs_pose and not first.pose and first.training.strategy != "recent"
-        found += ["random start of the pose network"] if bare and not first.config.init.pose else []
-    elif not public_start:
-        found.append("random start")
-    pose = members[0].config.init.pose
-    found += [] if not pose or weights.is_published(Path(pose), "pose") else ["pose weights are not the published ones"]
+        same = ", the same actions by other actors," if source.dataset == D0_EMBEDDED else ""
+        found.append(f"{source.dataset}{same} instead of Kinetics")
+    elif not study.eco_weights:
+        found.append("random start of ECO")
+    elif not weights.is_published(Path(study.eco_weights), "eco"):
+        found.append("ECO weights are not known to be the published ones")
+    if pose := first.config.init.pose:
+        known = weights.is_published(Path(pose), "pose")
+        found += [] if known else ["pose weights are not the published ones"]
+    elif first.config.model.needs_pose and first.training.strategy != "recent":
+        found.append("random start of the pose network")
     for k, job in zip(row.num_segments, members, strict=True):
         usual = TrainConfig(
             model=ModelConfig(num_classes=1, fusion=FusionConfig(style=row.fusion)),
@@ -237,9 +267,11 @@ def finish(
     MLflow comes second and may fail: the results are on disk, and `pasnet track send` or the next run sends them.
     """
     place = digest(str(study.root.absolute()))  # two folders of one name may share a tracking server
+    shards, records = _with_earlier(study, shards, records)
     content = {
         "title": f"{study.root.name}: preset {study.preset}",
         "shards": [dataclasses.asdict(of) for of in shards],
+        "request": _request(study),
         "seconds": dict(seconds),
         "tags": {
             "study": place,
@@ -247,7 +279,7 @@ def finish(
             "preset": study.preset,
             "prefect.flow_run_id": flow_run_id,
         },
-        "comparisons": comparisons(records),
+        "comparisons": _comparisons(records),
         "figure_3": _figure_3(records, study.root / "figures"),
         "tracking": place_of(tracking_uri),
         "results": records,
@@ -260,6 +292,53 @@ def finish(
         print(error, file=sys.stderr)
         return page
     return (study.root / "RESULTS.md").read_text("utf-8")
+
+
+def _request(study: Study) -> dict[str, Any]:
+    """All that decides a study's numbers but which rows, splits and seeds it is asked for."""
+    names = ("preset", "num_segments", "eco_weights", "pose_weights", "pretrain")
+    return {**{name: getattr(study, name) for name in names}, "overrides": dict(study.overrides)}
+
+
+def _with_earlier(
+    study: Study, shards: Sequence[Shards], records: list[dict[str, Any]]
+) -> tuple[list[Shards], list[dict[str, Any]]]:
+    """With the finished rows of an earlier study in this folder that was asked for other ones: a table alone does not
+    take the other tables off the page. Not those of other settings or other shards, nor those that are gone."""
+    written = study.root / "results.json"
+    try:
+        before = json.loads(written.read_text("utf-8"))
+    except (OSError, ValueError):
+        return list(shards), records
+    known = {of.dataset: of for of in shards}
+    if before.get("request") != json.loads(json.dumps(_request(study))):
+        return list(shards), records
+    earlier = {of["dataset"]: Shards(**of) for of in before["shards"]}
+
+    def place(record: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(record[name] for name in ("table", "title", "strategy", "paper_dataset", "split", "seed"))
+
+    def holds(record: Mapping[str, Any]) -> bool:
+        if record["status"] != "done" or place(record) in asked:
+            return False
+        digest_now = known.get(record["dataset"], earlier.get(record["dataset"]))
+        there = all((Path(folder) / "evaluation" / "metrics.json").is_file() for folder in record["trainings"])
+        return there and digest_now is not None and digest_now.digest == record["shard_digest"]
+
+    asked = {place(record) for record in records}
+    kept = [record for record in before["results"] if holds(record)]
+    tables = list(QUESTIONS)
+    joined = sorted([*kept, *records], key=lambda record: tables.index(record["table"]))
+    used = {record["dataset"] for record in kept} - known.keys()
+    return [*shards, *(earlier[name] for name in earlier if name in used)], joined
+
+
+def _comparisons(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    try:
+        return comparisons(records)
+    except Exception as error:  # of any kind: they must not cost a study its results
+        print(f"the order of the rows is not compared: {error}", file=sys.stderr)
+        return []
 
 
 def send(folders: Sequence[Path], tracking_uri: str = "") -> list[str]:
@@ -318,7 +397,8 @@ def compare(root: Path, table: str, tracking_uri: str = "", address: str = "") -
         uri = tracking.default_uri(root)  # the folder may have been moved since
     if not uri:
         raise ConfigError(f"{written}: does not say where it was tracked; give --tracking-uri")
-    fragment, runs = tracking.comparison(uri, QUESTIONS[table], {"study": content["tags"]["study"], "table": table})
+    sent = [record["run"] for record in content["results"] if record["table"] == table and record.get("run")]
+    fragment, runs = tracking.comparison(uri, QUESTIONS[table], sent)
     served = uri.startswith("http")
     base = address or (uri if served else "http://127.0.0.1:5000")
     hint = "" if served or address else f"make serve RUN={root}"
@@ -395,8 +475,14 @@ def _write(root: Path, content: dict[str, Any]) -> str:
     """results.json, RESULTS.md and report.html; the page in Markdown."""
     from pasnet.page import html_page
 
-    (root / "results.json").write_text(json.dumps(content, indent=1), "utf-8")
-    (root / "report.html").write_text(html_page([content], [root]), "utf-8")
     page = results_page([content])
-    (root / "RESULTS.md").write_text(page, "utf-8")
+    files = {
+        "results.json": json.dumps(content, indent=1),
+        "report.html": html_page([content], [root]),
+        "RESULTS.md": page,
+    }
+    for name, text in files.items():
+        scratch = root / f".{name}.{os.getpid()}.tmp"
+        scratch.write_text(text, "utf-8")
+        os.replace(scratch, root / name)
     return page

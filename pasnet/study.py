@@ -276,7 +276,8 @@ D0_EMBEDDED = f"{EMBEDDED}-d0"
 def make_synthetic(study: Study, ffmpeg: str, workers: int, *, d0: bool = False) -> Path:
     """The folder of the embedded dataset's videos, or of D0's, generated where it is not complete.
 
-    The two have no actor, place or motion in common: all of these are drawn from the seed. Raises ConfigError when
+    The two have the same actions, but no actor, place or single motion in common: all of these are drawn from the
+    seed. Raises ConfigError when
     their seeds are one.
     """
     from pasnet.synth import SynthConfig, generate

@@ -645,22 +645,27 @@ def record_rows(
     return children
 
 
-def comparison(uri: str, experiment: str, tags: Mapping[str, str]) -> tuple[str, list[str]]:
-    """The rows of the newest table in an experiment whose run has these tags: the fragment of MLflow's address that
-    sets them side by side, and their run ids. Raises TrackingError where there are none."""
+def comparison(uri: str, experiment: str, runs: Sequence[str]) -> tuple[str, list[str]]:
+    """The fragment of MLflow's address that sets these runs of an experiment side by side, and those that are there.
+    Raises TrackingError where there is none."""
     mlflow = client(uri)
     found = mlflow.get_experiment_by_name(experiment)
     if found is None:
         raise TrackingError(f"no experiment {experiment} at {place_of(uri)}; a study that has ended writes it")
     ids = [str(found.experiment_id)]
-    words = " and ".join(f"tags.`{name}` = '{value}'" for name, value in {**tags, "kind": "table"}.items())
-    tables = mlflow.search_runs(ids, words, order_by=["attributes.start_time DESC"], max_results=1)
-    wanted = f"tags.kind = 'row' and tags.`mlflow.parentRunId` = '{tables[0].info.run_id}'" if tables else ""
-    rows = mlflow.search_runs(ids, wanted, order_by=["attributes.start_time ASC"], max_results=100) if tables else []
-    runs = [str(row.info.run_id) for row in rows]
-    if not runs:
+    known = [run for run in runs if _is_there(mlflow, run)]
+    if not known:
         raise TrackingError(f"experiment {experiment} at {place_of(uri)} holds no such table with rows")
-    return f"#/compare-runs?runs={quote(json.dumps(runs))}&experiments={quote(json.dumps(ids))}", runs
+    return f"#/compare-runs?runs={quote(json.dumps(known))}&experiments={quote(json.dumps(ids))}", known
+
+
+def _is_there(mlflow: MlflowClient, run: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(mlflow.get_run(run).info.lifecycle_stage == "active")
+    except MlflowException:
+        return False
 
 
 def run_fragments(uri: str, runs: Iterable[str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pasnet.confusion import draw
 from pasnet.figures import best_pasnet, figure_2, figure_3, heat_maps, ours_of, pictures_of_table
 from pasnet.page import html_page
 from pasnet.predictions import ClassResult
+from pasnet.report import results_page
 from pasnet.results import collect, finish
 from pasnet.study import Job, Shards, Study, jobs
 from pasnet.tracking import TrackingError
@@ -297,3 +299,49 @@ def test_a_figure_3_that_cannot_be_drawn_costs_no_results(tmp_path: Path, monkey
     finish(study, UCF, content["results"], {}, "http://nowhere")  # there are no shards to draw from
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "Not drawn: ShardError" in page and f"{content['results'][0]['top1']:.2f}" in page
+
+
+def test_a_table_alone_leaves_the_others_on_the_page(tmp_path: Path) -> None:
+    """The deployments of single tables share a folder."""
+
+    def run(**more: Any) -> list[tuple[str, str]]:
+        asked = Study(out=str(tmp_path), data=("x/ucf101",), **more)
+        made = jobs(asked, UCF)
+        for job in made:
+            if not (Path(job.folder) / "done.json").is_file():
+                finished(job, 90.0)
+        finish(asked, UCF, collect(asked, UCF, made, {}), {}, "")
+        found = json.loads((tmp_path / "results.json").read_text("utf-8"))["results"]
+        return [(record["table"], record["title"]) for record in found if record["status"] == "done"]
+
+    two = run(tables=("table-2",), fusions=("A", "Conv(A,I)"))
+    both = run(tables=("table-1",), fusions=("A",))
+    assert both == [("table-1", "A"), *two] and run(tables=("table-1",), fusions=("A",)) == both
+    assert "### table-2" in (tmp_path / "RESULTS.md").read_text("utf-8")
+    # other settings are another study, and so are rows whose predictions are gone
+    assert run(tables=("table-1",), fusions=("A",), overrides={"optim.epochs": 1}) == [("table-1", "A")]
+    run(tables=("table-2",), fusions=("A", "Conv(A,I)"))
+    for folder in (tmp_path / "trainings").glob("*conv*"):
+        shutil.rmtree(folder)
+    assert run(tables=("table-1",), fusions=("A",)) == [("table-1", "A"), ("table-2", "A")]
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_budgets_and_hours_are_said(tmp_path: Path) -> None:
+    asked = Study(out=str(tmp_path), tables=("table-1",), fusions=("Conv(A,I)",), overrides={"optim.epochs": 3})
+    content = content_of(asked)
+    page = results_page([content])
+    assert "Epochs on the target set: conventional 3; twice-finetune 3 + 3. Where they differ" in page
+    assert "Hours: 6.00 for 3 trainings" in page  # ECO's, too
+
+
+def test_a_dataset_that_was_not_fetched_fails_its_rows(tmp_path: Path) -> None:
+    asked = Study(out=str(tmp_path), tables=("table-4",))
+    made = jobs(asked, UCF)
+    for job in made:
+        finished(job, 90.0)
+    records = collect(asked, UCF, made, {}, lost={"hmdb51": "no server\nanswers"})
+    by_set = {(record["paper_dataset"], record["status"]) for record in records}
+    assert by_set == {("ucf101", "done"), ("hmdb51", "failed")}
+    content = {"title": "t", "shards": [], "results": records}
+    assert "failed: not fetched: no server answers |" in results_page([content])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,7 +173,15 @@ def test_the_page_says_what_was_run_what_failed_and_what_was_not(tmp_path: Path)
         by_status.setdefault(record["status"], []).append(record)
     assert {status: len(of) for status, of in by_status.items()} == {"done": 5, "failed": 1, "not run": 6}
     best = next(record for record in by_status["done"] if record["paper_top1"] == 94.1)
-    assert best["gap"] == pytest.approx(-3.1) and best["width"] == 1.0 and best["differs"] == ["random start"]
+    assert (
+        best["gap"] == pytest.approx(-3.1)
+        and best["width"] == 1.0
+        and best["differs"]
+        == [
+            "random start of ECO",
+            "random start of the pose network",
+        ]
+    )
     assert best["start"] == "ECO from a random start, pose from a random start"
 
     content = {"title": "t", "shards": [BOTH[0].__dict__], "results": records}
@@ -178,7 +190,7 @@ def test_the_page_says_what_was_run_what_failed_and_what_was_not(tmp_path: Path)
     assert "| 92.00 | 2.000 |" in page  # best on test; hours
     assert "failed: loss is nan" in page and "not run: no hmdb51 in this study" in page
     assert "**width 1**" in page and "`abc`" in page
-    assert "What differs: random start." in page  # whatever the width
+    assert "What differs: random start of ECO; random start of the pose network." in page  # whatever the width
     assert "94.10" in summary_table(records) and "failed: loss is nan" in summary_table(records)
 
 
@@ -200,9 +212,10 @@ def test_the_page_names_every_setting_that_is_not_the_papers(tmp_path: Path) -> 
         for job in made:
             finished(job.folder, 91.0)
         differs[name] = [record["differs"] for record in collect(study, BOTH[:1], made, {})]
-    assert differs["as in the paper"] == [[], ["pose weights are not the published ones"]]
+    unknown = ["ECO weights are not known to be the published ones"]  # whose sums nobody has published
+    assert differs["as in the paper"] == [unknown, [*unknown, "pose weights are not the published ones"]]
     other = ["model.width 0.5 instead of 1.0", "data.num_segments 4 instead of 8", "optim.epochs 1 instead of 40"]
-    assert [[d for d in each if not d.startswith("pose")] for each in differs["other"]] == [other, other]
+    assert [[d for d in each if "weights" not in d] for each in differs["other"]] == [other, other]
 
 
 def test_undecodable_videos_and_precision_are_named(tmp_path: Path) -> None:
@@ -211,7 +224,11 @@ def test_undecodable_videos_and_precision_are_named(tmp_path: Path) -> None:
     made = jobs(study, (of,))
     finished(made[0].folder, 91.0)
     [record] = collect(study, (of,), made, {})
-    assert record["differs"] == ["3 videos could not be decoded", "random start", "precision bf16 instead of fp32"]
+    assert record["differs"] == [
+        "3 videos could not be decoded",
+        "random start of ECO",
+        "precision bf16 instead of fp32",
+    ]
 
 
 @pytest.mark.parametrize("overrides", [{"optim.batch": 12}, {"optim.epochs": 0}])
@@ -241,3 +258,37 @@ def test_conducting_is_the_time_in_which_no_process_runs(monkeypatch: pytest.Mon
     assert execute.idle(10.0, 20.0) == 3.0  # 10 to 12 and 18 to 19; three of them at once count once
     assert execute.idle(26.0, 28.0) == 2.0
     assert execute.idle(0.0, 3.0) == 2.0
+
+
+def test_who_waits_stands_in_line_and_evaluations_come_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PASNET_LOCKS", str(tmp_path))
+    came: list[str] = []
+
+    def wait(name: str, first: bool) -> None:
+        with execute.training_slot(first=first):
+            came.append(name)
+
+    waiting = [("training 1", False), ("training 2", False), ("evaluation", True)]
+    threads = [threading.Thread(target=wait, args=each) for each in waiting]
+    with execute.training_slot():
+        for number, thread in enumerate(threads):
+            thread.start()
+            while len(execute._LINE) <= number:
+                time.sleep(0.01)
+        assert not came
+    for thread in threads:
+        thread.join(20)
+    assert came == ["evaluation", "training 1", "training 2"] and not execute._LINE and not execute._HELD
+    assert "another study" not in capsys.readouterr().out
+    with open(tmp_path / f"pasnet-{os.getuid()}-training-0.lock", "a") as theirs:  # a lock of another process
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        thread = threading.Thread(target=wait, args=("after", False))
+        thread.start()
+        while not execute._LINE:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert "waiting for a training of another study" in capsys.readouterr().out and came[-1] != "after"
+    thread.join(20)
+    assert came[-1] == "after"
