@@ -97,8 +97,9 @@ def _train(
     own = (config.init.parent, config.init.pretrained)
     for start in filter(None, (*own, config.init.eco, config.init.pose)):
         if not Path(start).is_file():  # else its path would stand for it in this run's identity
-            fix = "train it first" if start in own else "give its place of today; a run knows it by its content"
-            raise WeightsError(f"{start}: no such file; {fix}")
+            if start in own:
+                raise WeightsError(f"{start}: no such checkpoint; train it first")
+            raise WeightsError(f"{start}: no such file; give its place of today, a run knows it by its content")
     if team.main:
         out.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_alone_in(out))
