@@ -114,9 +114,12 @@ def training_slot(*, first: bool = False) -> Iterator[int]:
             _LINE.add(place)
             said = False
             try:
-                # a copy, since other threads come and go
-                while not (head := min(tuple(_LINE)) == place) or (mine := next(filter(_locked, files), None)) is None:
-                    if head and not said and not _HELD:  # by this process, which says what it does
+                while True:
+                    ours = bool(_HELD)  # before the lock is tried: what we held may be free right after
+                    head = min(tuple(_LINE)) == place  # of a copy, since other threads come and go
+                    if head and (mine := next(filter(_locked, files), None)) is not None:
+                        break
+                    if head and not ours and not said:
                         said = True
                         print("    waiting for a training of another study on this machine", flush=True)
                     time.sleep(0.2)
