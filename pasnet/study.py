@@ -277,8 +277,7 @@ def make_synthetic(study: Study, ffmpeg: str, workers: int, *, d0: bool = False)
     """The folder of the embedded dataset's videos, or of D0's, generated where it is not complete.
 
     The two have the same actions, but no actor, place or single motion in common: all of these are drawn from the
-    seed. Raises ConfigError when
-    their seeds are one.
+    seed. Raises ConfigError when their seeds are one.
     """
     from pasnet.synth import SynthConfig, generate
 
