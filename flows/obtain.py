@@ -28,17 +28,11 @@ def _may_pass(_task: Any, _run: Any, state: Any) -> bool:
     return isinstance(state.result(raise_on_failure=False), UnreachableError)
 
 
-RETRIES, DELAY = 2, 60  # seconds
+AGAIN: Any = {"cache_policy": NO_CACHE, "retries": 2, "retry_delay_seconds": 60, "retry_condition_fn": _may_pass}
 WEIGHTS_LOCK = threading.Lock()  # pasnet/download.py refuses a second one in the same folder
 
 
-@task(
-    task_run_name="fetch {folder}",
-    cache_policy=NO_CACHE,
-    retries=RETRIES,
-    retry_delay_seconds=DELAY,
-    retry_condition_fn=_may_pass,
-)
+@task(task_run_name="fetch {folder}", **AGAIN)
 def fetch_dataset(folder: str, mirrors: Sequence[str]) -> None:
     """The official archives of the dataset that `folder` is named after, unpacked there, every listed video found."""
     path = Path(folder)
@@ -49,13 +43,7 @@ def fetch_dataset(folder: str, mirrors: Sequence[str]) -> None:
     print(f"  {folder}: {len(found.videos)} videos, all that the split lists name", flush=True)
 
 
-@task(
-    task_run_name="fetch weights {name}",
-    cache_policy=NO_CACHE,
-    retries=RETRIES,
-    retry_delay_seconds=DELAY,
-    retry_condition_fn=_may_pass,
-)
+@task(task_run_name="fetch weights {name}", **AGAIN)
 def fetch_weights(name: str, mirrors: Sequence[str]) -> None:
     """Public weights, by their name in pasnet/registry.py, into weights/."""
     with WEIGHTS_LOCK:

@@ -70,7 +70,7 @@ def test_the_hint_of_a_dataset_keeps_the_kind_of_error(kind: type[FetchError], m
 
 def test_both_tasks_ask_that(monkeypatch: pytest.MonkeyPatch) -> None:
     for one in (fetch_dataset, fetch_weights):
-        assert one.retry_condition_fn is _may_pass and one.retries == obtain_module.RETRIES
+        assert one.retry_condition_fn is _may_pass and one.retries == 2
 
 
 def test_weights_share_a_folder_one_after_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
