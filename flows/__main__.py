@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pasnet.cli import call, default_out, study_arguments, study_of
-from pasnet.study import EMBEDDED, check_datasets, public_weights
+from pasnet.experiments import PRESETS
+from pasnet.study import EMBEDDED_SETS, check_datasets, public_weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,21 +32,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     from shards import find_dataset, scan
 
-    data = tuple(arguments.data) or (EMBEDDED,)
+    data = tuple(arguments.data) or PRESETS[arguments.preset].data
     # every mistake that can be found without work is found here, before Prefect starts
     weights = {name: getattr(arguments, name) for name in ("eco_weights", "pose_weights")}
     if arguments.fetch:  # what is still to come cannot be checked before
         for name, value in weights.items():
             setattr(arguments, name, value if Path(public_weights(value)).is_file() else "")
     study = study_of(arguments, data=data, out=default_out(arguments.preset, data))
+    if study.narrowed:
+        print(f"  {study.narrowed}; --fusions names others", flush=True)
     if arguments.dry_run:
         from pasnet.planning import lines, plan
 
         print("\n".join(lines(plan(study))))
         return
     if not arguments.fetch:
-        found = [scan(*find_dataset(Path(source))) for source in data if source != EMBEDDED]
-        embedded = [(EMBEDDED, (1, 2, 3))] if EMBEDDED in data else []
+        found = [scan(*find_dataset(Path(source))) for source in data if source not in EMBEDDED_SETS]
+        embedded = [(source, (1, 2, 3)) for source in data if source in EMBEDDED_SETS]
         check_datasets(study, [*((dataset.name, dataset.usable_splits) for dataset in found), *embedded])
 
     os.environ.pop("PREFECT_API_URL", None)  # a server of the user's may not run; this door needs none

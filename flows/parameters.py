@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pasnet.config import ConfigError
 from pasnet.planning import OFFICIAL
 from pasnet.registry import REGISTRY
-from pasnet.study import EMBEDDED, Study, public_weights
+from pasnet.study import EMBEDDED, EMBEDDED_SETS, Study, public_weights
 from shards.fetch import SOURCES
 
 Table = Literal["table-1", "table-2", "table-3", "table-4", "table-5", "figure-2", "strategies"]
@@ -73,12 +73,12 @@ class Parameters(BaseModel):
         for folder in self.data:
             # a plan needs no videos
             expected = (self.dry_run and Path(folder).name in OFFICIAL) or folder in self.datasets_to_fetch
-            if folder != EMBEDDED and not expected and not Path(folder).is_dir():
+            if folder not in EMBEDDED_SETS and not expected and not Path(folder).is_dir():
                 known = Path(folder).name in SOURCES
                 fix = f"`pasnet shards fetch {Path(folder).name}` or fetch=true downloads it; else " if known else ""
                 raise ValueError(
                     f"data: there is no folder {folder} in {Path.cwd()}, where this run is; {fix}give the folder that "
-                    f'holds videos/ and the split lists, or "{EMBEDDED}"'
+                    f"holds videos/ and the split lists, or one of: {', '.join(EMBEDDED_SETS)}"
                 )
         for name in ("splits", "seeds"):
             values = getattr(self, name)

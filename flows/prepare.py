@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 
 import shards
-from pasnet.study import D0_EMBEDDED, EMBEDDED, Shards, Study, make_synthetic
+from pasnet.study import D0_EMBEDDED, EMBEDDED, EMBEDDED_SETS, Shards, Study, make_synthetic
 from shards import Dataset, DecodeSettings
 from shards.pack import ShardPlan, check_owner, check_space, finished_part, write_notes
 
@@ -25,8 +25,8 @@ MAX_FAILED = 0.01  # share of damaged videos past which the data, or the decoder
 
 @task(task_run_name="videos {source}", cache_policy=NO_CACHE)
 def videos(study: Study, source: str, workers: int) -> Dataset:
-    """The dataset in a folder, held against its split lists; the embedded one is generated first."""
-    root = make_synthetic(study, shards.ffmpeg_exe(), workers) if source == EMBEDDED else Path(source)
+    """The dataset in a folder, held against its split lists; embedded ones are generated first."""
+    root = make_synthetic(study, source, shards.ffmpeg_exe(), workers) if source in EMBEDDED_SETS else Path(source)
     dataset = shards.scan(*shards.find_dataset(root))
     lists = f"{len(dataset.missing)} of {dataset.listed} listed ones missing" if dataset.missing else "none missing"
     print(f"  {dataset.name}: {len(dataset.videos)} videos, {lists}", flush=True)
@@ -90,7 +90,7 @@ def prepare(study: Study, dataset: Dataset, workers: int) -> Shards:
 def d0_videos(study: Study, workers: int) -> Dataset:
     """The videos to learn from beforehand, under a name of their own; the embedded ones are generated first."""
     if study.d0 == EMBEDDED:
-        root = make_synthetic(study, shards.ffmpeg_exe(), workers, d0=True)
+        root = make_synthetic(study, D0_EMBEDDED, shards.ffmpeg_exe(), workers)
         return dataclasses.replace(shards.scan(*shards.find_dataset(root)), name=D0_EMBEDDED)
     found = shards.scan(*shards.find_dataset(Path(study.d0)))
     return dataclasses.replace(found, name=f"{found.name}-d0")

@@ -210,16 +210,21 @@ def study_of(arguments: argparse.Namespace, *, data: Sequence[str], out: str) ->
 
 
 def default_out(preset: str, data: Sequence[str]) -> str:
-    """The folder of a study that was given none: runs/PRESET-DATASETS."""
-    return f"runs/{preset}-{'-'.join(Path(source).name for source in data)}"
+    """The folder of a study that was given none: runs/PRESET-DATASETS, or runs/PRESET-synthetic for embedded ones."""
+    from pasnet.study import EMBEDDED, EMBEDDED_SETS
+
+    names = [Path(source).name for source in data if source not in EMBEDDED_SETS]
+    embedded = [EMBEDDED] if len(names) < len(data) else []
+    return f"runs/{preset}-{'-'.join(embedded + names)}"
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    from pasnet.experiments import PRESETS
     from pasnet.planning import lines, plan
 
     # without options, of the deployment "full-reproduction"; else of what `python -m flows` would do
     alone = arguments.preset == "full" and not arguments.data
-    data = ["data/ucf101", "data/hmdb51"] if alone else arguments.data or ["synthetic"]
+    data = ["data/ucf101", "data/hmdb51"] if alone else arguments.data or PRESETS[arguments.preset].data
     out = "runs/full-reproduction" if alone else default_out(arguments.preset, data)
     study = study_of(arguments, data=data, out=out)
     found = plan(study, clips_per_second=arguments.clips_per_second, on=arguments.on)

@@ -20,7 +20,7 @@ import numpy as np
 
 from pasnet.data import open_shards
 from pasnet.predictions import Predictions, ensemble, hits
-from pasnet.study import EMBEDDED
+from pasnet.study import EMBEDDED_SETS
 
 Record = dict[str, Any]
 Hits = dict[str, bool]  # by video key: whether its class was named
@@ -56,7 +56,7 @@ def comparisons(records: Iterable[Record]) -> list[Record]:
             if differences:
                 folder = rows[one][0].get("shards", "")
                 if folder not in groups:
-                    groups[folder] = _groups(folder, across_classes=dataset == EMBEDDED)
+                    groups[folder] = _groups(folder, across_classes=dataset in EMBEDDED_SETS)
                 about = {"table": table, "dataset": dataset, "paper": paper}
                 about |= _estimate(differences, groups[folder])
                 places = (("higher", one), ("lower", other))

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pasnet.config import ConfigError, FusionConfig, ModelConfig, TrainConfig, from_dict
+from pasnet.config import ConfigError, FusionConfig, ModelConfig, TrainConfig
 from pasnet.experiments import DEFAULT_FUSION, TABLE_K
 from pasnet.study import (
     D0_EMBEDDED,
     EMBEDDED,
+    EMBEDDED_SETS,
     Job,
     PoseJob,
     Shards,
@@ -31,6 +32,7 @@ from pasnet.study import (
     dataset_for,
     jobs,
     pose_job,
+    synth_config,
 )
 
 # Of the official lists: a study can be planned before 9 GB are downloaded.
@@ -162,8 +164,8 @@ def sources(study: Study) -> list[Source]:
     called ucf101 or hmdb51, the official counts. Raises DatasetError for anything else."""
     found = []
     for source in study.data:
-        if source == EMBEDDED:
-            found.append(_packed(study, EMBEDDED) or _embedded(study, EMBEDDED, study.size.synth))
+        if source in EMBEDDED_SETS:
+            found.append(_packed(study, source) or _embedded(study, source))
             continue
         path = Path(source)
         if not path.exists() and path.name in OFFICIAL:
@@ -188,7 +190,7 @@ def source_of_d0(study: Study) -> Source | None:
     if not study.d0:
         return None
     if study.d0 == EMBEDDED:
-        return _packed(study, D0_EMBEDDED) or _embedded(study, D0_EMBEDDED, study.size.d0_synth)
+        return _packed(study, D0_EMBEDDED) or _embedded(study, D0_EMBEDDED)
     if (Path(study.d0) / "manifest.json").is_file():
         return _finished(Path(study.d0))
     return _of_videos(study, Path(study.d0), "-d0")
@@ -261,6 +263,7 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
         f"rows of the paper: {rows['run']} are run" + (f", {len(rows['not_run'])} are not" if rows["not_run"] else "")
     )
     said += [f"  not run: {of['row']}: {of['reason']}" for of in rows["not_run"]]
+    said += [f"  {rows['narrowed']}"] if rows["narrowed"] else []
     said.append("")
     width = max(len(of["title"]) for of in plan["trainings"])
     said.append(f"   #  {'training'.ljust(width)}  {'clips':>10} {'PFLOP':>10} {'hours':>8}  state")
@@ -347,12 +350,12 @@ def _download(path: Path) -> Videos:
     return Videos(folder=path, archives=archives, archives_known=known, videos=videos, at_least=True)
 
 
-def _embedded(study: Study, name: str, synth: Mapping[str, Any]) -> Source:
+def _embedded(study: Study, name: str) -> Source:
     import numpy as np
 
-    from pasnet.synth import SynthConfig, clips, held_out
+    from pasnet.synth import clips, held_out
 
-    config = from_dict(SynthConfig, dict(synth))
+    config = synth_config(study, name)
     groups = [clip.group for clip in clips(config)]
     subsets = {}
     for split in (1, 2, 3):
@@ -553,6 +556,7 @@ def _rows(study: Study, names: Sequence[str]) -> dict[str, Any]:
     return {
         "run": len(study.rows) - len(absent),
         "not_run": [{"row": row.name, "reason": f"no {row.dataset} in this study"} for row in absent],
+        "narrowed": study.narrowed,
     }
 
 

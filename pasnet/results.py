@@ -26,7 +26,7 @@ from pasnet.experiments import QUESTIONS, Row
 from pasnet.journal import place_of
 from pasnet.ordering import comparisons
 from pasnet.report import results_page, table_csv, table_page
-from pasnet.study import D0_EMBEDDED, Job, Shards, Study, dataset_for, trainings_for
+from pasnet.study import D0_EMBEDDED, EMBEDDED_SETS, Job, Shards, Study, dataset_for, trainings_for
 from pasnet.tracking import TrackingError, record_rows
 
 PATHS = (
@@ -209,7 +209,8 @@ def _differences(study: Study, row: Row, of: Shards, members: Sequence[Job]) -> 
     found += [f"{of.failed} videos could not be decoded"] if of.failed else []
     source, first = members[0].training.source, members[0]
     if source:
-        same = ", the same actions by other actors," if source.dataset == D0_EMBEDDED else ""
+        both = source.dataset == D0_EMBEDDED and of.dataset in EMBEDDED_SETS
+        same = ", the same actions by other actors," if both else ""
         found.append(f"{source.dataset}{same} instead of Kinetics")
     elif not study.eco_weights:
         found.append("random start of ECO")

@@ -21,9 +21,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pasnet.config import (
+    FUSION_TITLES,
     ConfigError,
     DataConfig,
     FusionConfig,
@@ -33,11 +34,13 @@ from pasnet.config import (
     TrainConfig,
     digest,
     from_dict,
+    fusion_style,
     replace,
     to_dict,
 )
 from pasnet.experiments import (
     PRESETS,
+    ROWS,
     STRATEGIES,
     TABLE_K,
     Preset,
@@ -51,8 +54,15 @@ from pasnet.experiments import (
 )
 from pasnet.registry import REGISTRY
 
-EMBEDDED = "synthetic"  # names the embedded dataset wherever a dataset folder is asked for
+if TYPE_CHECKING:  # it wants numpy and cv2, which only the making of videos does
+    from pasnet.synth import SynthConfig
+
+# These names stand for embedded datasets wherever a dataset folder is asked for.
+EMBEDDED = "synthetic"
+EMBEDDED_HMDB = "synthetic-hmdb"  # in HMDB-51's layout, which it stands in for, from a seed of its own
+EMBEDDED_SETS = (EMBEDDED, EMBEDDED_HMDB)
 NOTHING = "none"  # for `pretrain`: no D0, whatever the preset says
+OFFICIAL = ("ucf101", "hmdb51")  # the paper's
 WEIGHTS = "weights"  # the folder of public weights that are given by name
 # Weights from D0 stand in for public ones: there is one set of them, whatever splits and seeds D1 is run on.
 D0_SPLIT, D0_SEED = 1, 0
@@ -69,7 +79,7 @@ def public_weights(given: str) -> str:
 class Study:
     """What the user asked for. Raises ConfigError for anything that cannot be run, before anything runs."""
 
-    data: tuple[str, ...] = (EMBEDDED,)  # dataset folders, or EMBEDDED
+    data: tuple[str, ...] = (EMBEDDED,)  # dataset folders, or of EMBEDDED_SETS
     out: str = "runs/study"
     preset: str = "full"
     tables: tuple[str, ...] = ()  # empty: the preset's
@@ -130,8 +140,19 @@ class Study:
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """The rows of the paper that were asked for."""
-        return select_rows(self.tables or self.size.tables, self.fusions or self.size.fusions)
+        """The rows of the paper that were asked for; where none were, the preset's."""
+        also = () if self.tables or self.fusions else tuple(row for row in ROWS if row.name in self.size.also)
+        found = select_rows(self.tables or self.size.tables, self.fusions or self.size.fusions)
+        return (*found, *(row for row in also if row not in found))
+
+    @property
+    def narrowed(self) -> str:
+        """What the preset leaves out of tables that were asked for, in words; "" where it leaves nothing out."""
+        if not self.tables or self.fusions or not self.size.fusions:
+            return ""
+        left = len(select_rows(self.tables)) - len(self.rows)
+        styles = ", ".join(FUSION_TITLES[fusion_style(name)] for name in self.size.fusions)
+        return f"preset {self.preset} has the styles {styles}; {left} rows of other styles are left out" if left else ""
 
     @property
     def d0(self) -> str:
@@ -273,18 +294,28 @@ class PoseJob:
 D0_EMBEDDED = f"{EMBEDDED}-d0"
 
 
-def make_synthetic(study: Study, ffmpeg: str, workers: int, *, d0: bool = False) -> Path:
-    """The folder of the embedded dataset's videos, or of D0's, generated where it is not complete.
+def synth_config(study: Study, name: str) -> SynthConfig:
+    """The settings of one of the embedded sets, D0_EMBEDDED among them.
 
-    The two have the same actions, but no actor, place or single motion in common: all of these are drawn from the
-    seed. Raises ConfigError when their seeds are one.
+    They have the same actions, but no actor, place or single motion in common: all of these are drawn from the seed.
+    Raises ConfigError when two have one seed.
     """
-    from pasnet.synth import SynthConfig, generate
+    from pasnet.synth import SynthConfig
 
-    config = from_dict(SynthConfig, dict(study.size.d0_synth if d0 else study.size.synth))
-    if d0 and config.seed == from_dict(SynthConfig, dict(study.size.synth)).seed:
-        raise ConfigError(f"preset {study.preset}: d0_synth has the seed of synth, {config.seed}; give it another")
-    return generate(study.root / "data" / (D0_EMBEDDED if d0 else EMBEDDED), config, ffmpeg=ffmpeg, workers=workers)
+    size = study.size
+    settings = {EMBEDDED: size.synth, EMBEDDED_HMDB: size.hmdb_synth, D0_EMBEDDED: size.d0_synth}
+    configs = {of: from_dict(SynthConfig, dict(values)) for of, values in settings.items()}
+    for other, config in configs.items():
+        if other != name and config.seed == configs[name].seed:
+            raise ConfigError(f"preset {study.preset}: {name} has the seed of {other}, {config.seed}; give it another")
+    return configs[name]
+
+
+def make_synthetic(study: Study, name: str, ffmpeg: str, workers: int) -> Path:
+    """The folder of an embedded set's videos, generated where it is not complete. Raises as `synth_config`."""
+    from pasnet.synth import generate
+
+    return generate(study.root / "data" / name, synth_config(study, name), ffmpeg=ffmpeg, workers=workers)
 
 
 def _needs_d0(row: Row) -> bool:
@@ -292,12 +323,13 @@ def _needs_d0(row: Row) -> bool:
 
 
 def dataset_for(row: Row, names: Sequence[str]) -> str | None:
-    """The dataset on which a row is run: its own, else, for rows of UCF-101, one that stands in for it (any that is
-    neither UCF-101 nor HMDB-51). None: the row is not run."""
+    """The dataset on which a row is run: its own, else one that stands in for it: EMBEDDED_HMDB for HMDB-51, any other
+    for UCF-101. None: the row is not run."""
     if row.dataset in names:
         return row.dataset
-    stand_ins = [name for name in names if name not in ("ucf101", "hmdb51")]
-    return stand_ins[0] if stand_ins and row.dataset == "ucf101" else None
+    of_hmdb = row.dataset == "hmdb51"
+    stand_ins = [name for name in names if name not in OFFICIAL and (name == EMBEDDED_HMDB) == of_hmdb]
+    return stand_ins[0] if stand_ins else None
 
 
 def check_datasets(study: Study, datasets: Sequence[tuple[str, Sequence[int]]]) -> set[str]:
@@ -314,7 +346,7 @@ def check_datasets(study: Study, datasets: Sequence[tuple[str, Sequence[int]]]) 
     for name, usable in datasets:
         if names.count(name) > 1:
             raise ConfigError(f"two of the data folders are {name}; run one study for each")
-        if name not in used and name not in ("ucf101", "hmdb51"):  # those may belong to tables not asked for
+        if name not in used and name not in (*OFFICIAL, EMBEDDED_HMDB):  # those may belong to tables not asked for
             raise ConfigError(f"{name} would stand in for ucf101, but {', '.join(used)} does; run a study for each")
         for split in study.splits if name in used else ():
             if split not in usable:

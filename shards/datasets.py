@@ -93,12 +93,15 @@ def find_dataset(root: Path) -> tuple[str, Path, Path | None]:
             f"{root}: no split lists beside videos/; expected a folder with classInd.txt and trainlist01.txt "
             f"(UCF-101), or with <class>_test_split1.txt (HMDB-51, J-HMDB); a set without lists is {videos} itself"
         )
+    synthetic = (root / "synth.json").is_file()  # what pasnet/synth.py leaves beside its videos
     if (splits / "classInd.txt").is_file():
-        if (root / "synth.json").is_file():  # what pasnet/synth.py leaves beside its videos
+        if synthetic:
             return "synthetic", videos, splits
         names = _read_class_index(splits / "classInd.txt")
         official = len(names) == OFFICIAL_COUNTS["ucf101"][1] and "ApplyEyeMakeup" in names
         return ("ucf101" if official else "ucf-layout"), videos, splits
+    if synthetic:
+        return "synthetic-hmdb", videos, splits
     lists = [entry.name for entry in os.scandir(splits) if entry.name.endswith("_test_split1.txt")]
     sizes = {OFFICIAL_COUNTS[name][1]: name for name in ("hmdb51", "jhmdb")}
     official = "brush_hair_test_split1.txt" in lists

@@ -319,7 +319,7 @@ class TestHmdbLayout:
     def test_shards_read_labels_splits_and_groups(self, both: tuple[Path, Path]) -> None:
         """As of UCF-101's layout, but a group is a film, which HMDB-51's names do not tie to a class."""
         ucf, hmdb = (scan(*find_dataset(folder)) for folder in both)
-        assert hmdb.name == "hmdb-layout" and not hmdb.missing and not hmdb.ignored and hmdb.listed == 48
+        assert hmdb.name == "synthetic-hmdb" and not hmdb.missing and not hmdb.ignored and hmdb.listed == 48
         assert hmdb.usable_splits == (1, 2, 3)
         assert hmdb.class_names == ("bow", "jumping_jack", "kick", "sit_down", "stand_up", "turn_around")
 
