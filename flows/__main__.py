@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pasnet.cli import call, default_out, study_arguments, study_of
-from pasnet.experiments import PRESETS
-from pasnet.study import EMBEDDED_SETS, check_datasets, public_weights
+from pasnet.study import EMBEDDED_SETS, check_datasets, default_data, public_weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     from shards import find_dataset, scan
 
-    data = tuple(arguments.data) or PRESETS[arguments.preset].data
+    data = tuple(arguments.data) or default_data(arguments.preset)
     # every mistake that can be found without work is found here, before Prefect starts
     weights = {name: getattr(arguments, name) for name in ("eco_weights", "pose_weights")}
     if arguments.fetch:  # what is still to come cannot be checked before

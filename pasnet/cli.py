@@ -219,12 +219,12 @@ def default_out(preset: str, data: Sequence[str]) -> str:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from pasnet.experiments import PRESETS
     from pasnet.planning import lines, plan
+    from pasnet.study import default_data
 
     # without options, of the deployment "full-reproduction"; else of what `python -m flows` would do
     alone = arguments.preset == "full" and not arguments.data
-    data = ["data/ucf101", "data/hmdb51"] if alone else arguments.data or PRESETS[arguments.preset].data
+    data = ["data/ucf101", "data/hmdb51"] if alone else arguments.data or default_data(arguments.preset)
     out = "runs/full-reproduction" if alone else default_out(arguments.preset, data)
     study = study_of(arguments, data=data, out=out)
     found = plan(study, clips_per_second=arguments.clips_per_second, on=arguments.on)
@@ -320,7 +320,8 @@ def _list(arguments: argparse.Namespace) -> None:
     for row in rows:
         k = ",".join(map(str, row.num_segments))
         paper = "–" if row.paper_top1 is None else f"{row.paper_top1:.2f}"
-        print(f"{row.table:9} {row.dataset:7} {row.title:44} {row.strategy:15} K={k:15} paper {paper}")
+        said = f"{row.table:9} {row.dataset:7} {row.title:44} {row.strategy:15} K={k:15} paper {paper:6}"
+        print(said + (f" {row.protocol}" if row.paper_top1 is not None else "").rstrip())
     print(f"{len(rows)} rows, {len(trainings(rows))} trainings per split and seed")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pasnet import ordering
 from pasnet.figures import by_row, figure_2, ours_of, row_bars, training_curves
-from pasnet.report import SUMMARY_COLUMNS, about, cells_of, not_run, summary_cells
+from pasnet.report import SUMMARY_COLUMNS, about, cells_of, not_run, remarks, summary_cells
 from pasnet.summary import protocol, summaries
 
 Record = dict[str, Any]
@@ -149,8 +149,7 @@ def _runs(records: Sequence[Record]) -> list[str]:
         values += [cells[name] for name in ("k", "paper", "ours", "interval", "gap", "best", "hours", "run")]
         values += [record.get("commit", "–"), record.get("device", "–")]
         rows.append((values, record["status"] != "done"))
-    remarks = {record["title"]: record["remark"] for record in records if record["remark"]}
-    said = "".join(f"<li>{escape(title)}: {escape(remark)}.</li>" for title, remark in remarks.items())
+    said = "".join(f"<li>{escape(line)}</li>" for line in remarks(records))
     return [_table(heads, rows, numbers=range(3, 10)), f"<ul>{said}</ul>" if said else ""]
 
 

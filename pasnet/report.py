@@ -148,6 +148,17 @@ def quoted(record: Record) -> bool:
     return "quoted" in record["remark"]
 
 
+def remarks(records: Sequence[Record]) -> list[str]:
+    """What is to be said of a table's rows, a line each: remarks, and what the paper's numbers are measured on."""
+    said = {record["title"]: record["remark"] for record in records if record["remark"]}
+    printed = [record for record in records if record["paper_top1"] is not None and record.get("paper_protocol")]
+    protocols: dict[str, list[str]] = {}
+    for title, of in dict.fromkeys((record["title"], record["paper_protocol"]) for record in printed):
+        protocols.setdefault(of, []).append(title)
+    lines = [f"{title}: {remark}." for title, remark in said.items()]
+    return lines + [f"Paper's protocol, {of}: {'; '.join(titles)}." for of, titles in protocols.items()]
+
+
 def _study_section(study: dict[str, Any]) -> list[str]:
     records: list[Record] = study["results"]
     lines = [f"## {study['title']}", "", *(f"- {line}" for line in about(study))]
@@ -182,8 +193,8 @@ def _table_section(records: Sequence[Record], table: str) -> list[str]:
         names = ("k", "paper", "ours", "interval", "gap", "best", "hours", "run")
         values = [record["title"], record["strategy"], where, *(cells[name] for name in names)]
         lines.append("| " + " | ".join(values) + " |")
-    remarks = {record["title"]: record["remark"] for record in records if record["remark"]}
-    lines += ["", *(f"- {title}: {remark}." for title, remark in remarks.items())] if remarks else []
+    if said := remarks(records):
+        lines += ["", *(f"- {line}" for line in said)]
     lines += _summary_tables(records, table)
     return lines + _class_table([record for record in records if record["status"] == "done"], table)
 

@@ -103,6 +103,7 @@ def _result(
         "paper_top1": row.paper_top1,
         "paper_top5": row.paper_top5,
         "remark": row.remark,
+        "paper_protocol": row.protocol,
         "split": split,
         "seed": seed,
     }

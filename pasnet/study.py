@@ -68,6 +68,11 @@ WEIGHTS = "weights"  # the folder of public weights that are given by name
 D0_SPLIT, D0_SEED = 1, 0
 
 
+def default_data(preset: str) -> tuple[str, ...]:
+    """The datasets of a study that names none."""
+    return PRESETS[preset].data if preset in PRESETS else (EMBEDDED,)  # an unknown one is refused by Study
+
+
 def public_weights(given: str) -> str:
     """The file that `given` names: a name of pasnet/registry.py stands for its file in weights/, whether it is there
     or not; all else for itself."""

@@ -101,7 +101,8 @@ def test_a_column_for_every_machine(results: Path) -> None:
     change(results, name, edit)
     page = render(results)
     assert page.count("| bound | AMD EPYC | Acme Anvil | Intel Xeon |") == 1
-    assert "| commit | not recorded | abc1234 | not recorded |" in page
+    ours = json.loads((results / "shards-build-ucf101-intel-xeon.json").read_text("utf-8"))["commit"]
+    assert f"| commit | not recorded | abc1234 | {ours}; not recorded |" in page  # of all parts of a machine
     assert "Not run: a peer (not installed)." in page
     # the EPYC's builds are older than worker processes; the harness did not see those of the Xeon
     assert "Building on AMD EPYC (2026-11-24): several workers of a build were threads" in " ".join(page.split())

@@ -71,6 +71,14 @@ class TestPaper:
         ensembles = {row.table: (row.num_segments, row.paper_top1) for row in select_rows(["table-3", "table-5"])}
         assert ensembles == {"table-3": ((16, 20, 24, 28, 32), 94.8), "table-5": ((16, 20, 24, 28, 32), 73.8)}
 
+    def test_every_printed_number_has_a_protocol(self) -> None:
+        printed = [row for row in ROWS if row.paper_top1 is not None]
+        eco = [row for row in printed if row.strategy == "eco"]
+        ensembles = [row for row in printed if row.table in ("table-3", "table-5")]
+        assert {row.protocol for row in eco} == {"likely a mean over three splits"}
+        assert {row.protocol for row in ensembles} == {"not known: split 1 or a mean over three splits"}
+        assert {row.protocol for row in printed if row not in eco + ensembles} == {"likely split 1"}
+
     def test_figure_2_guesses_nothing(self) -> None:
         points = {(row.dataset, row.num_segments[0]): row.paper_top1 for row in select_rows(["figure-2"])}
         assert len(points) == 10

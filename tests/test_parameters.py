@@ -11,7 +11,7 @@ import yaml
 
 from flows.parameters import Parameters, ParametersError, check
 from flows.reproduce import pasnet
-from pasnet.experiments import QUESTIONS
+from pasnet.experiments import PRESETS, QUESTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,4 +85,6 @@ def test_there_is_a_deployment_for_everything_and_each_is_valid() -> None:
         if of["name"] in QUESTIONS:
             assert study.tables == (of["name"],) and study.preset == "full"
             assert {Path(folder).name for folder in study.data} == {row.dataset for row in study.rows}
+        if study.preset == "smoke":
+            assert study.data == PRESETS["smoke"].data
         assert of["description"]

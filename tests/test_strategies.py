@@ -256,13 +256,14 @@ def test_science_is_tables_1_and_2_with_a_d0_of_other_actors(tmp_path: Path) -> 
     rows = by_role(jobs(replace(asked, tables=("strategies",), fusions=("Conv(A,I)",)), (D1,), D0))
     assert rows["D0", "conventional", "Conv(A,I)"].config.optim == size.d0_optim  # from nothing: as long as ECO
     assert rows["D1", "recent", "Conv(A,I)"].config.optim == size.optim
-    assert Study(preset="smoke").d0 == Study(preset="full").d0 == Study(preset="science", pretrain="none").d0 == ""
+    assert Study(preset="smoke").d0 == "synthetic"
+    assert Study(preset="full").d0 == Study(preset="science", pretrain="none").d0 == ""
 
 
 def test_d0_with_the_seed_of_d1_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], d0_synth=PRESETS["tiny"].synth))
-    with pytest.raises(ConfigError, match="d0_synth has the seed of synth"):
-        make_synthetic(Study(preset="tiny", out=str(tmp_path)), "ffmpeg", 1, d0=True)
+    with pytest.raises(ConfigError, match="synthetic-d0 has the seed of synthetic, 0"):
+        make_synthetic(Study(preset="tiny", out=str(tmp_path)), "synthetic-d0", "ffmpeg", 1)
 
 
 def test_recent_takes_over_all_but_the_head(shard_folder: Path, tmp_path: Path) -> None:

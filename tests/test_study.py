@@ -17,6 +17,8 @@ import pytest
 from pasnet import execute
 from pasnet.config import ConfigError
 from pasnet.evaluate import Predictions
+from pasnet.experiments import PRESETS
+from pasnet.planning import lines, plan
 from pasnet.report import results_page, summary_table
 from pasnet.results import collect
 from pasnet.study import Shards, Study, check_datasets, dataset_for, jobs
@@ -68,6 +70,10 @@ def test_rows_run_on_their_own_dataset_or_on_a_stand_in() -> None:
     assert dataset_for(rows["ucf101"], ("jhmdb",)) == "jhmdb"
     assert dataset_for(rows["hmdb51"], ("jhmdb",)) is None
     assert dataset_for(rows["ucf101"], ("hmdb51",)) is None
+    embedded = ("synthetic", "synthetic-hmdb")
+    assert [dataset_for(rows[name], embedded) for name in both] == list(embedded)
+    assert dataset_for(rows["ucf101"], embedded[1:]) is None and dataset_for(rows["hmdb51"], embedded[:1]) is None
+    assert dataset_for(rows["hmdb51"], ("hmdb51", "synthetic-hmdb")) == "hmdb51"
 
 
 @pytest.mark.parametrize(
@@ -88,6 +94,32 @@ def test_a_dataset_of_other_tables_is_left_alone() -> None:
     both = [("ucf101", (1, 2, 3)), ("hmdb51", (1, 2, 3))]
     assert check_datasets(Study(tables=("table-2",)), both) == {"ucf101"}
     assert check_datasets(Study(), both) == {"ucf101", "hmdb51"}
+    embedded = [("synthetic", (1, 2, 3)), ("synthetic-hmdb", (1, 2, 3))]
+    assert check_datasets(Study(tables=("table-2",)), embedded) == {"synthetic"}
+
+
+def test_smoke_has_every_kind_of_training_and_both_layouts() -> None:
+    planned = plan(Study(preset="smoke", data=PRESETS["smoke"].data), clips_per_second=1.0)
+    assert {of["dataset"] for of in planned["datasets"]} == {"synthetic", "synthetic-hmdb", "synthetic-d0"}
+    assert planned["rows"] == {"run": 4, "not_run": [], "narrowed": ""}
+    titles = [of["title"] for of in planned["trainings"]]
+    assert (
+        titles[0].startswith("pose network, synthetic-d0") and titles[1] == "A, K=8, eco, synthetic-d0 split 1, seed 0"
+    )
+    assert [title for title in titles if "synthetic-hmdb" in title] == [
+        "A, K=8, eco, synthetic-hmdb split 1, seed 0",
+        "A + 0.5 pool(I) + pool(F), K=8, twice-finetune, synthetic-hmdb split 1, seed 0",
+    ]
+
+
+def test_a_preset_that_narrows_a_table_says_so() -> None:
+    study = Study(preset="smoke", tables=("table-1",), pretrain="none")
+    assert study.narrowed == (
+        "preset smoke has the styles A, Conv(A, I), A + 0.5 pool(I) + pool(F); 4 rows of other styles are left out"
+    )
+    assert any(study.narrowed in line for line in lines(plan(study, clips_per_second=1.0)))
+    assert not Study(preset="smoke", tables=("table-1",), fusions=("A",)).narrowed
+    assert not Study(preset="smoke").narrowed and not Study(tables=("table-1",)).narrowed
 
 
 def test_k_can_be_replaced_only_where_no_row_is_about_k() -> None:
