@@ -97,12 +97,13 @@ def test_a_column_for_every_machine(results: Path) -> None:
             row["others_share"] = 0.0
 
     name = "shards-build-ucf101-acme-anvil.json"
+    for path in results.iterdir():  # as the first measurements were
+        change(results, path.name, lambda content: content.pop("commit", None))
     shutil.copy(results / "shards-build-ucf101-intel-xeon.json", results / name)
     change(results, name, edit)
     page = render(results)
     assert page.count("| bound | AMD EPYC | Acme Anvil | Intel Xeon |") == 1
-    ours = json.loads((results / "shards-build-ucf101-intel-xeon.json").read_text("utf-8"))["commit"]
-    assert f"| commit | not recorded | abc1234 | {ours}; not recorded |" in page  # of all parts of a machine
+    assert "| commit | not recorded | abc1234 | not recorded |" in page
     assert "Not run: a peer (not installed)." in page
     # the EPYC's builds are older than worker processes; the harness did not see those of the Xeon
     assert "Building on AMD EPYC (2026-11-24): several workers of a build were threads" in " ".join(page.split())
