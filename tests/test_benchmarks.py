@@ -94,7 +94,8 @@ def test_a_column_for_every_machine(results: Path) -> None:
         content |= {"cpu": "Acme(TM) Anvil Processor", "date": "2027-01-01", "commit": "abc1234"}
         content["tables"]["CPU per frame, one worker"].append({"peer": "a peer", "not_run": "not installed"})
         for row in content["tables"]["wall time of whole builds"]:
-            row["others_share"] = 0.0
+            if "2 workers" in row["peer"]:  # as a harness has it that does not see worker processes
+                row |= {"others_share": 0.8, "cpu_ms_per_frame": 0.01}
 
     name = "shards-build-ucf101-acme-anvil.json"
     for path in results.iterdir():  # as the first measurements were
@@ -108,7 +109,7 @@ def test_a_column_for_every_machine(results: Path) -> None:
     # the EPYC's builds are older than worker processes; the harness did not see those of the Xeon
     assert "Building on AMD EPYC (2026-11-24): several workers of a build were threads" in " ".join(page.split())
     careful = {part.splitlines()[0]: "To be read with care" in part for part in page.split("### Building on ")[1:]}
-    assert careful == {"AMD EPYC": False, "Acme Anvil": False, "Intel Xeon": True}
+    assert careful == {"AMD EPYC": False, "Acme Anvil": True, "Intel Xeon": False}
 
 
 def test_networks(results: Path) -> None:
