@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pasnet.config import digest
-from pasnet.confusion import draw
 
 Mean = Literal["softmax", "logits"]
 COLUMNS = ("key", "label", "probabilities", "frames")
@@ -251,6 +250,8 @@ def write_evaluation(
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("class", "videos", "top1", "top5", "confused_with", "confused"))
         writer.writerows(dataclasses.astuple(of) for of in classes)
+    from pasnet.confusion import draw  # Pillow is for the picture alone: a training does without
+
     where = f"{named.source.dataset} split {named.source.split}: " if named.source else ""
     title = f"{where}top-1 {numbers['top1']:.2f} %, {numbers['videos']} test videos, {len(classes)} classes"
     with _replacing(out / "confusion.png") as unfinished:

@@ -232,7 +232,7 @@ class TestWritten:
             arguments[-1].write_bytes(b"half")
             raise OSError("disk full")
 
-        monkeypatch.setattr("pasnet.predictions.draw", broken)
+        monkeypatch.setattr("pasnet.confusion.draw", broken)
         with pytest.raises(OSError, match="disk full"):
             write_evaluation(guessed(5, 3), self.NAMES, tmp_path)
         assert sorted(path.name for path in tmp_path.glob("[!c]*")) == ["per_class.csv", "predictions.parquet"]

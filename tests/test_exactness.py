@@ -221,11 +221,16 @@ class TestFaults:
         assert record["lr"] == 1e30
 
 
-def launch(processes: int, arguments: list[str]) -> str:
-    """`pasnet` under torchrun on loopback."""
+def torchrun(processes: int, arguments: list[str]) -> list[str]:
+    """The command of `pasnet` under torchrun on loopback."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", str(os.getpid())]
-    done = subprocess.run([*command, "-m", "pasnet", *arguments], capture_output=True, text=True, timeout=300)
+    return [*command, "-m", "pasnet", *arguments]
+
+
+def launch(processes: int, arguments: list[str]) -> str:
+    """Runs it to its end."""
+    done = subprocess.run(torchrun(processes, arguments), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -268,6 +273,32 @@ class TestProcesses:
         launch(2, ["evaluate", *checkpoint, "--out", str(tmp_path / "evaluation")])
         alone = evaluate_checkpoint(tmp_path / "two" / "last.pt", Path(config.data.shards), tmp_path / "alone")
         assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text()) == pytest.approx(alone)
+
+    @pytest.mark.slow
+    def test_two_that_are_stopped_go_on_bit_for_bit(self, config: TrainConfig, tmp_path: Path) -> None:
+        long = replace(config, {"optim.epochs": 12, "model.fusion.style": "A", "optim.micro_batch": 1})
+        (tmp_path / "config.json").write_text(json.dumps(to_dict(long)))
+
+        def arguments(out: str) -> list[str]:
+            return ["train", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / out)]
+
+        with subprocess.Popen(
+            torchrun(2, arguments("stopped")), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            try:
+                while line := process.stdout.readline():
+                    if line.startswith("epoch   2/12"):
+                        process.terminate()  # torchrun passes it on
+                        break
+                _, errors = process.communicate(timeout=120)
+            finally:
+                process.kill()
+        assert process.returncode != 0 and "start again to go on" in errors, errors[-3000:]
+        assert 2 <= len(state_of(tmp_path / "stopped")["history"]) < 12
+        launch(2, arguments("stopped"))
+        launch(2, arguments("through"))
+        assert same(state_of(tmp_path / "stopped"), state_of(tmp_path / "through"))
 
     @pytest.mark.slow
     def test_statistics_are_the_main_ones(self, tmp_path: Path) -> None:
