@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pasnet import ordering
-from pasnet.figures import by_row, figure_2, ours_of, row_bars, training_curves
+from pasnet.figures import by_row, comparable, figure_2, ours_of, row_bars, training_curves
 from pasnet.report import SUMMARY_COLUMNS, about, cells_of, not_run, remarks, summary_cells
 from pasnet.summary import protocol, summaries
 
@@ -130,7 +130,7 @@ def _study(study: dict[str, Any], folder: Path, anchor: str, budget: int) -> tup
 
 
 def _drawings(table: str, records: Sequence[Record]) -> list[str]:
-    said = {ours["what"] for of in by_row(records).values() if (ours := ours_of(of))}
+    said = {ours["what"] for of in by_row(comparable(records)).values() if (ours := ours_of(of))}
     caption = f"<figcaption>Ours: {escape('; '.join(sorted(said)) or 'nothing was run')}.</figcaption>"
     if table == "figure-2":
         inside = "".join(f"<div>{drawing.svg()}</div>" for drawing in figure_2(records))

@@ -19,7 +19,7 @@ from pasnet.charts import Bar, bars
 from pasnet.cli import main
 from pasnet.config import ModelConfig
 from pasnet.confusion import draw
-from pasnet.figures import best_pasnet, figure_2, figure_3, heat_maps, ours_of, pictures_of_table
+from pasnet.figures import best_pasnet, comparable, figure_2, figure_3, heat_maps, ours_of, pictures_of_table, row_bars
 from pasnet.page import html_page
 from pasnet.predictions import ClassResult
 from pasnet.report import results_page
@@ -190,6 +190,19 @@ def test_our_number_of_a_row_is_a_run_or_a_mean(tmp_path: Path) -> None:
     assert mean and mean["top1"] == pytest.approx(np.mean(values), abs=1e-3)
     assert mean["high"] - mean["top1"] == pytest.approx(np.std(values, ddof=1), abs=1e-3)
     assert ours_of([{**both[0], "status": "failed"}]) is None
+
+
+def test_one_drawing_has_one_protocol(tmp_path: Path) -> None:
+    study = Study(out=str(tmp_path), tables=("table-2",), fusions=("A", "I"), splits=(1, 2))
+    records = content_of(study)["results"]
+    assert comparable(records) == records
+    lost = [r | {"status": "failed", "reason": "it"} if (r["title"], r["split"]) == ("I", 2) else r for r in records]
+    assert {r["split"] for r in comparable(lost)} == {1} and len(comparable(lost)) == 2
+    drawn = row_bars(lost).svg()
+    alone = [f"{r['top1']:.2f}" for r in lost if r["split"] == 1]
+    assert all(number in drawn for number in alone)
+    gone = [r | {"status": "failed", "reason": "it"} if r["title"] == "I" else r for r in records]
+    assert comparable(gone) == gone  # a row without any result does not take the mean from the others
 
 
 def test_bars_end_where_the_numbers_say() -> None:
