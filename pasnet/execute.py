@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import fcntl
+import functools
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from pasnet.config import ConfigError, to_dict
 from pasnet.study import Job, PoseJob
@@ -52,7 +53,7 @@ def run_training(job: Job, tracking_uri: str = "") -> bool:
         request.write_text(json.dumps(to_dict(job.config), indent=1), "utf-8")
         command = ["train", "--config", str(request), "--out", str(folder), "--title", job.title]
         command += ["--tracking-uri", tracking_uri or "off"]
-        _run(command, folder / "train.log", job.title, [slot, lock])
+        _run(command, folder / "train.log", job.title, slot, lock)
     return True
 
 
@@ -63,7 +64,7 @@ def run_evaluation(job: Job) -> bool:
         return False
     command = ["evaluate", "--checkpoint", str(Path(job.folder) / "last.pt"), "--shards", job.config.data.shards]
     with training_slot(first=True) as slot:
-        _run([*command, "--out", str(out)], Path(job.folder) / "evaluate.log", f"evaluate {job.title}", [slot])
+        _run([*command, "--out", str(out)], Path(job.folder) / "evaluate.log", f"evaluate {job.title}", slot)
     return True
 
 
@@ -83,7 +84,7 @@ def run_pose_training(job: PoseJob) -> bool:
         request = folder / "request.json"
         request.write_text(json.dumps(to_dict(job.config), indent=1), "utf-8")
         command = ["pose-train", "--config", str(request), "--shards", job.shards, "--joints", job.joints]
-        _run([*command, "--out", str(folder)], folder / "pose.log", job.title, [slot, lock])
+        _run([*command, "--out", str(folder)], folder / "pose.log", job.title, slot, lock)
     return True
 
 
@@ -98,13 +99,20 @@ def idle(start: float, end: float) -> float:
     return end - start - covered
 
 
+class Slot(NamedTuple):
+    """One of the machine's places for a training: its number, from 0, and the descriptor of its lock."""
+
+    number: int
+    lock: int
+
+
 @contextlib.contextmanager
-def training_slot(*, first: bool = False) -> Iterator[int]:
+def training_slot(*, first: bool = False) -> Iterator[Slot]:
     """One of the machine's places for a training (PASNET_TRAININGS of them, default 1), whatever study asks for it.
 
     A lock of the kernel on a file, which the started process inherits: it is free when both are gone, however they
     ended. (Prefect's concurrency limits keep the slot of a process that was killed, and the next run then waits for
-    ever.) Who waits in this process stands in line, `first` before the others. Yields the file's descriptor.
+    ever.) Who waits in this process stands in line, `first` before the others.
     """
     base = Path(os.environ.get("PASNET_LOCKS") or tempfile.gettempdir()) / f"pasnet-{os.getuid()}-training"
     place = (0 if first else 1, next(_TICKETS))
@@ -126,7 +134,7 @@ def training_slot(*, first: bool = False) -> Iterator[int]:
                 _HELD.add(place)
             finally:
                 _LINE.remove(place)
-            yield mine.fileno()
+            yield Slot(files.index(mine), mine.fileno())
     finally:
         _HELD.discard(place)  # when the lock is free
 
@@ -137,6 +145,27 @@ def trainings_at_once() -> int:
     if not text.isdigit() or int(text) < 1:
         raise ConfigError(f"PASNET_TRAININGS must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def gpu_for(slot: int) -> dict[str, str]:
+    """What the environment of that slot's process says beside ours: with several GPUs, which one is its own.
+
+    Those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists, in turn.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = _gpus() if visible is None else tuple(filter(None, visible.split(",")))
+    return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if len(gpus) > 1 else {}
+
+
+@functools.cache
+def _gpus() -> tuple[str, ...]:
+    """The machine's GPUs by UUID, which unlike a number means the same to nvidia-smi and to CUDA."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):  # none, or no driver
+        return ()
+    return tuple(line.strip() for line in listed.splitlines() if line.strip())
 
 
 @contextlib.contextmanager
@@ -156,7 +185,7 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def _run(arguments: Sequence[str], log: Path, title: str, inherited: Sequence[int]) -> None:
+def _run(arguments: Sequence[str], log: Path, title: str, slot: Slot, *locks: int) -> None:
     command = [sys.executable, "-m", "pasnet", *arguments]
     last: collections.deque[str] = collections.deque(maxlen=3)
     started = time.monotonic()
@@ -166,8 +195,8 @@ def _run(arguments: Sequence[str], log: Path, title: str, inherited: Sequence[in
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            pass_fds=inherited,
+            env={**os.environ, **gpu_for(slot.number), "PYTHONUNBUFFERED": "1"},
+            pass_fds=[slot.lock, *locks],
         )
         assert process.stdout is not None
         try:

@@ -324,3 +324,31 @@ def test_who_waits_stands_in_line_and_evaluations_come_first(
         assert "waiting for a training of another study" in capsys.readouterr().out and came[-1] != "after"
     thread.join(20)
     assert came[-1] == "after"
+
+
+def test_trainings_at_once_have_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "_gpus", execute._gpus.__wrapped__)  # without what was found before
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert execute.gpu_for(0) == execute.gpu_for(1) == {}  # no driver
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho GPU-aa\necho GPU-bb\n")
+    tool.chmod(0o755)
+    assert [execute.gpu_for(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["GPU-aa", "GPU-bb", "GPU-aa"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert execute.gpu_for(1) == {"CUDA_VISIBLE_DEVICES": "7"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")  # nothing to choose from
+    assert execute.gpu_for(1) == {}
+    tool.write_text("#!/bin/sh\necho no devices were found\nexit 6\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert execute.gpu_for(1) == {}
+
+
+def test_a_process_gets_the_gpu_of_its_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "look").write_text('#!/bin/sh\necho "gpu $CUDA_VISIBLE_DEVICES"\n')
+    (tmp_path / "look").chmod(0o755)
+    monkeypatch.setattr("pasnet.execute.sys.executable", str(tmp_path / "look"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    with open(tmp_path / "lock", "a") as lock:
+        execute._run([], tmp_path / "log", "title", execute.Slot(1, lock.fileno()))
+    assert (tmp_path / "log").read_text() == "gpu 7\n"
