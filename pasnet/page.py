@@ -65,8 +65,12 @@ white-space:normal}
 .cards td:first-child{font-weight:600;justify-content:flex-start;text-align:left}
 .cards td:first-child::before{content:none}}
 @media print{:root{--ink:#000;--ground:#fff;--soft:#444;--line:#bbb;--card:#fff;--warn:#fff}
-body{max-width:none;font-size:11px;padding:0}nav{display:none}figure,tr,details{break-inside:avoid}
-h2,h3{break-after:avoid}}
+@page{margin:12mm}
+body{max-width:none;font-size:11px;padding:0}nav{display:none}figure,tr,svg,.small>div{break-inside:avoid}
+h1{font-size:18px}h2{font-size:15px}h2,h3,h4,summary{break-after:avoid}
+table{font-size:9px}th,td{padding:2px 4px}.wrap{overflow:visible}td.n,th.n{white-space:normal}
+.wide svg{max-width:11cm}.small{grid-template-columns:repeat(3,1fr)}figure img{max-height:18cm}
+details::details-content{content-visibility:visible;display:block;height:auto}}
 """
 
 
