@@ -464,6 +464,12 @@ def _nearest(config: TrainConfig, rates: Sequence[Rate]) -> Rate | None:
     return min(usable, key=distance, default=None)
 
 
+def _measured_by(rate: Rate, width: float) -> str:
+    """Where the rate comes from, and that the hours are too few where it is a wider network's."""
+    narrow = f" at width {rate.width:g}; at width {width:g} a second does less work: expect more hours"
+    return rate.source + (narrow if width < rate.width else "")
+
+
 def _training(job: Job, by_name: Mapping[str, Source], rates: Sequence[Rate]) -> dict[str, Any]:
     from pasnet.models.cost import cost
 
@@ -494,7 +500,7 @@ def _training(job: Job, by_name: Mapping[str, Source], rates: Sequence[Rate]) ->
         "evaluated_clips": evaluated_clips,
         "pflop": round(2 * gmacs / 1e6, 7),
         "hours": None if rate is None else round(gmacs / rate.gmacs_per_second / 3600, 4),
-        "measured_by": None if rate is None else rate.source,
+        "measured_by": None if rate is None else _measured_by(rate, config.model.width),
         # weights and momenta in fp32; batch norm's buffers are too small to count
         "checkpoint_bytes": 8 * costs.parameters,
         "checkpoint_there": over > 0 or done,
@@ -525,7 +531,7 @@ def _pose_training(job: PoseJob, dataset: str, rates: Sequence[Rate]) -> dict[st
         "evaluated_clips": measured,
         "pflop": round(2 * gmacs / 1e6, 7),
         "hours": None if rate is None else round(gmacs / rate.gmacs_per_second / 3600, 4),
-        "measured_by": None if rate is None else rate.source,
+        "measured_by": None if rate is None else _measured_by(rate, job.config.width),
         "checkpoint_bytes": 12 * (with_pose.parameters - without.parameters),  # weights, and two moments of Adam
         "checkpoint_there": done,
     }
