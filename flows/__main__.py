@@ -38,8 +38,6 @@ def _run(arguments: argparse.Namespace) -> None:
         for name, value in weights.items():
             setattr(arguments, name, value if Path(public_weights(value)).is_file() else "")
     study = study_of(arguments, data=data, out=default_out(arguments.preset, data))
-    if study.narrowed:
-        print(f"  {study.narrowed}; --fusions names others", flush=True)
     if arguments.dry_run:
         from pasnet.planning import lines, plan
 

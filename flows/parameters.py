@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pasnet.config import ConfigError
 from pasnet.planning import OFFICIAL
 from pasnet.registry import REGISTRY
-from pasnet.study import EMBEDDED, EMBEDDED_SETS, Study, public_weights
+from pasnet.study import EMBEDDED_SETS, Study, default_data, public_weights
 from shards.fetch import SOURCES
 
 Table = Literal["table-1", "table-2", "table-3", "table-4", "table-5", "figure-2", "strategies"]
@@ -50,7 +50,7 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
-    data: list[str] = Field(default=[EMBEDDED], min_length=1)
+    data: Annotated[list[str], Field(min_length=1)] | None = None
     out: str = Field(default="runs/study", min_length=1)
     preset: PresetName = "full"
     tables: list[Table] | None = None
@@ -70,7 +70,7 @@ class Parameters(BaseModel):
     @model_validator(mode="after")
     def _as_a_study(self) -> Parameters:
         """What only the whole can show: folders that are there, styles, settings, sizes that fit each other."""
-        for folder in self.data:
+        for folder in self.sources:
             # a plan needs no videos
             expected = (self.dry_run and Path(folder).name in OFFICIAL) or folder in self.datasets_to_fetch
             if folder not in EMBEDDED_SETS and not expected and not Path(folder).is_dir():
@@ -91,10 +91,15 @@ class Parameters(BaseModel):
         return self
 
     @property
+    def sources(self) -> list[str]:
+        """`data`, or the preset's."""
+        return self.data or list(default_data(self.preset))
+
+    @property
     def datasets_to_fetch(self) -> list[str]:
         """Folders of `data` that are downloaded first: all that are named like an official set, since what is there
         is checked and used."""
-        return [folder for folder in self.data if Path(folder).name in SOURCES] if self.fetch else []
+        return [folder for folder in self.sources if Path(folder).name in SOURCES] if self.fetch else []
 
     @property
     def weights_to_fetch(self) -> list[str]:
@@ -111,7 +116,7 @@ class Parameters(BaseModel):
     def study(self) -> Study:
         """The same, for pasnet/. Raises ConfigError."""
         return Study(
-            data=tuple(self.data),
+            data=tuple(self.sources),
             out=self.out,
             preset=self.preset,
             tables=tuple(self.tables or ()),

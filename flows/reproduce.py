@@ -27,18 +27,18 @@ from pasnet import tracking
 from pasnet.execute import RUNNING, StudyError, idle, trainings_at_once
 from pasnet.planning import lines, plan
 from pasnet.results import collect, finish, links_page
-from pasnet.study import EMBEDDED, Shards, Study, check_datasets, jobs, pose_job
+from pasnet.study import EMBEDDED_SETS, Shards, Study, check_datasets, jobs, pose_job
 
 
 # validate_parameters: `check` does it, in words
 @flow(name="pasnet", task_runner=ThreadPoolTaskRunner(max_workers=8), log_prints=False, validate_parameters=False)
 def pasnet(
-    data: list[str] = [EMBEDDED],  # noqa: B006  Prefect shows the default in its form
+    data: list[str] | None = None,
     out: str = "runs/study",
     preset: PresetName = "full",
     tables: list[Table] | None = None,
     fusions: list[str] | None = None,
-    splits: list[Split] = [1],  # noqa: B006
+    splits: list[Split] = [1],  # noqa: B006  Prefect shows the default in its form
     seeds: list[Seed] = [0],  # noqa: B006
     num_segments: Positive | None = None,
     eco_weights: str = "",
@@ -53,7 +53,8 @@ def pasnet(
     """Raw videos to results table.
 
     Args:
-        data: dataset folders (videos/ and official split lists), or "synthetic" for the embedded set.
+        data: dataset folders (videos/ and official split lists), or "synthetic" and "synthetic-hmdb" for the embedded
+            sets; none means the preset's.
         out: folder for everything that is written; a second run in it does only what is missing.
         preset: "full" is the paper's size, "science" an hour on two cores, "smoke" minutes, "tiny" seconds.
         tables: table-1 .. table-5, figure-2, and strategies (ours); none means the preset's.
@@ -82,14 +83,22 @@ def pasnet(
         with stage("fetch", seconds):
             obtain([], asked.weights_to_fetch, asked.mirrors or ())  # what all rows want, and the smaller files
             lost = obtain(asked.datasets_to_fetch, [], asked.mirrors or ())
-    if left := [source for source in asked.data if source not in lost]:
+    if left := [source for source in asked.sources if source not in lost]:
         asked = asked.model_copy(update={"data": left})
     else:
         raise StudyError("; ".join(lost.values()))
     study, workers = asked.study(), asked.workers
+    if study.narrowed:
+        print(f"  {study.narrowed}; name others with fusions", flush=True)
     with stage("videos", seconds):
-        datasets = [videos(study, source, workers) for source in study.data]
-        used = check_datasets(study, [(dataset.name, dataset.usable_splits) for dataset in datasets])
+        datasets = [videos(study, source, workers) for source in study.data if source not in EMBEDDED_SETS]
+        embedded = [source for source in study.data if source in EMBEDDED_SETS]  # those that are used are made
+        named = [
+            *((dataset.name, dataset.usable_splits) for dataset in datasets),
+            *((of, (1, 2, 3)) for of in embedded),
+        ]
+        used = check_datasets(study, named)
+        datasets += [videos(study, source, workers) for source in embedded if source in used]
     with stage("shards", seconds):
         shards = [prepare(study, dataset, workers) for dataset in datasets if dataset.name in used]
         d0 = prepare_d0(study, workers)

@@ -148,12 +148,16 @@ def trainings_at_once() -> int:
 
 
 def gpu_for(slot: int) -> dict[str, str]:
-    """What the environment of that slot's process says beside ours: with several GPUs, which one is its own.
+    """What the environment of that slot's process says beside ours: with several slots and GPUs, which one is its own.
 
-    Those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists, in turn.
+    Those of CUDA_VISIBLE_DEVICES up to the first that is none, as CUDA reads it, else all that nvidia-smi lists, in
+    turn. A training that is alone takes what CUDA takes first.
     """
+    if trainings_at_once() == 1:
+        return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = _gpus() if visible is None else tuple(filter(None, visible.split(",")))
+    given = () if visible is None else itertools.takewhile(lambda gpu: gpu and gpu != "-1", visible.split(","))
+    gpus = _gpus() if visible is None else tuple(given)
     return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if len(gpus) > 1 else {}
 
 

@@ -78,7 +78,8 @@ _SPLIT_1, _MEAN = "likely split 1", "likely a mean over three splits"  # protoco
 class Row:
     """One number of the paper. `num_segments` holds several K for an ensemble of separately trained networks.
 
-    `protocol` is what the paper's number is most likely measured on, for the paper does not say (docs/paper.md).
+    `protocol` is what the paper's number is most likely measured on, for the paper does not say (docs/paper.md, A22);
+    "" where it prints none.
     """
 
     table: str
@@ -241,7 +242,7 @@ def _table_4() -> list[Row]:
                     strategy="eco",
                     num_segments=(k,),
                     paper_top1=eco.get((dataset, k)),
-                    protocol=_MEAN,
+                    protocol=_MEAN if (dataset, k) in eco else "",
                     remark=_QUOTED_ECO if (dataset, k) in eco else "our sources do not give the paper's number",
                 )
             )
@@ -269,6 +270,7 @@ def _figure_2() -> list[Row]:
             strategy="twice-finetune",
             num_segments=(k,),
             paper_top1=top1,
+            protocol="" if top1 is None else _SPLIT_1,
             remark="" if top1 is not None else "the figure prints no value",
         )
         for dataset, by_k in _BY_K.items()
@@ -307,6 +309,7 @@ def _strategies() -> list[Row]:
             fusion=row.fusion,
             strategy="recent",
             paper_top1=None,
+            protocol="",
             remark="our own row beside Table I: our sources give the paper's number for the other two strategies alone",
         )
         for row in _table_1()
@@ -395,14 +398,14 @@ class Preset:
     eco_optim: OptimConfig  # of the ECO finetune
     tables: tuple[str, ...] = ()
     fusions: tuple[str, ...] = ()
-    also: tuple[str, ...] = ()  # names of further rows, where neither tables nor styles are asked for
+    also: tuple[str, ...] = ()  # names of further rows, where nothing but the preset says which, on what and at which K
     max_train_videos: int | None = None  # of a larger set, the same share of every class is used
     data: tuple[str, ...] = ("synthetic",)  # the study's datasets unless it names some
     synth: dict[str, Any] = field(default_factory=dict)  # settings of the embedded dataset, pasnet/synth.py
     hmdb_synth: dict[str, Any] = field(default_factory=lambda: dict(_HMDB))  # of synthetic-hmdb
     # D0, where there is one. Its networks start from nothing of ours, and so want a recipe of their own.
     pretrain: str = ""  # which it is unless the study says otherwise: "" none, "synthetic" the embedded one
-    d0_synth: dict[str, Any] = field(default_factory=dict)
+    d0_synth: dict[str, Any] = field(default_factory=lambda: {"seed": 1001})
     d0_eco_optim: OptimConfig | None = None  # None: as eco_optim
     d0_optim: OptimConfig | None = None  # of PAS-Net on D0, strategy "recent"; None: as optim
     pose: PoseTrainConfig = field(default_factory=PoseTrainConfig)  # width and input size are the study's

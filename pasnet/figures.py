@@ -60,16 +60,26 @@ def by_row(records: Sequence[Record]) -> dict[tuple[str, ...], list[Record]]:
 
 def comparable(records: Sequence[Record]) -> Sequence[Record]:
     """The records of one table that may stand in one drawing: all, unless some row with a result lacks the mean over
-    splits that the others have, as when a training of split 2 failed; then those of one split alone."""
+    splits that others have, as when a training of split 2 failed; then those of the split with most results. A row
+    that has no record there is not run."""
+    rows = by_row(records).values()
     splits = sorted({record["split"] for record in records})
-    if len(splits) < 2:
+
+    def done(of: Sequence[Record]) -> bool:
+        return any(record["status"] == "done" for record in of)
+
+    def whole(of: Sequence[Record]) -> bool:
+        return any(mean["splits"] == splits and mean["status"] == "done" for mean in summaries(of))
+
+    if len(splits) < 2 or all(whole(of) for of in rows if done(of)):
         return records
-    for of in by_row(records).values():
-        whole = [mean for mean in summaries(of) if len(mean["splits"]) > 1 and mean["status"] == "done"]
-        if not whole and any(record["status"] == "done" for record in of):
-            alone = 1 if 1 in splits else splits[0]
-            return [record for record in records if record["split"] == alone]
-    return records
+
+    def at(of: Sequence[Record], split: int) -> list[Record]:
+        return [record for record in of if record["split"] == split]
+
+    alone = max(splits, key=lambda split: (sum(done(at(of, split)) for of in rows), -split))
+    missing = {"split": alone, "status": "not run", "reason": f"split {alone} was not asked for"}
+    return [record for of in rows for record in at(of, alone) or [{**of[0], **missing}]]
 
 
 def row_bars(records: Sequence[Record]) -> Drawing:

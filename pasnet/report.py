@@ -139,6 +139,7 @@ def not_run(study: dict[str, Any]) -> list[str]:
         if (of.table, of.title, of.strategy, of.dataset) not in asked:
             left.setdefault(of.table, []).append(f"{of.title}, {of.strategy}, {of.dataset}")
     lines += [f"{table}: not asked for: {'; '.join(names)}." for table, names in left.items()]
+    lines += [f"{narrowed}."] if (narrowed := study.get("narrowed")) else []
     lines += [f"{table}: quoted by the paper, not run: {what}." for table, what in QUOTED.items()]
     return lines
 
@@ -150,11 +151,19 @@ def quoted(record: Record) -> bool:
 
 def remarks(records: Sequence[Record]) -> list[str]:
     """What is to be said of a table's rows, a line each: remarks, and what the paper's numbers are measured on."""
-    said = {record["title"]: record["remark"] for record in records if record["remark"]}
-    printed = [record for record in records if record["paper_top1"] is not None and record.get("paper_protocol")]
-    protocols: dict[str, list[str]] = {}
-    for title, of in dict.fromkeys((record["title"], record["paper_protocol"]) for record in printed):
-        protocols.setdefault(of, []).append(title)
+    datasets: dict[str, set[str]] = {}
+    for record in records:
+        datasets.setdefault(record["title"], set()).add(record["paper_dataset"])
+
+    def name(record: Record) -> str:  # Table IV has the same titles for both datasets
+        title: str = record["title"]
+        return f"{title}, {record['paper_dataset']}" if len(datasets[title]) > 1 else title
+
+    said = {name(record): record["remark"] for record in records if record["remark"]}
+    protocols: dict[str, dict[str, None]] = {}
+    for record in records:
+        if of := record.get("paper_protocol"):
+            protocols.setdefault(of, {})[name(record)] = None
     lines = [f"{title}: {remark}." for title, remark in said.items()]
     return lines + [f"Paper's protocol, {of}: {'; '.join(titles)}." for of, titles in protocols.items()]
 

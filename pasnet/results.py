@@ -274,6 +274,7 @@ def finish(
         "title": f"{study.root.name}: preset {study.preset}",
         "shards": [dataclasses.asdict(of) for of in shards],
         "request": _request(study),
+        "narrowed": study.narrowed,
         "seconds": dict(seconds),
         "tags": {
             "study": place,
@@ -299,7 +300,10 @@ def finish(
 def _request(study: Study) -> dict[str, Any]:
     """All that decides a study's numbers but which rows, splits and seeds it is asked for."""
     names = ("preset", "num_segments", "eco_weights", "pose_weights", "pretrain")
-    return {**{name: getattr(study, name) for name in names}, "overrides": dict(study.overrides)}
+    of_rows = ("tables", "fusions", "also", "data")
+    size = {name: value for name, value in to_dict(study.size).items() if name not in of_rows}
+    given = {name: getattr(study, name) for name in names}
+    return {**given, "overrides": dict(study.overrides), "size": digest(size)}  # a preset may change with the code
 
 
 def _with_earlier(
@@ -434,13 +438,13 @@ def links_page(root: Path, tracking_uri: str = "") -> str:
 
 def _parents(records: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, str], dict[str, str]]]:
     """Tags and files of each table's run: {table: (tags, {file name: text})}."""
-    from pasnet.figures import pictures_of_table
+    from pasnet.figures import comparable, pictures_of_table
 
     found = {}
     for table in dict.fromkeys(record["table"] for record in records):
         of = [record for record in records if record["table"] == table]
         done = [record for record in of if record["status"] == "done"]
-        splits = sorted({record["split"] for record in of})
+        splits = sorted({record["split"] for record in comparable(of)})
         rows = dict.fromkeys((record["title"], record["strategy"], record["paper_top1"]) for record in of)
         tags = {
             "protocol": f"mean over splits {', '.join(map(str, splits))}" if len(splits) > 1 else f"split {splits[0]}",

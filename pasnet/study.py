@@ -54,7 +54,7 @@ from pasnet.experiments import (
 )
 from pasnet.registry import REGISTRY
 
-if TYPE_CHECKING:  # it wants numpy and cv2, which only the making of videos does
+if TYPE_CHECKING:  # it wants numpy and ffmpeg-python
     from pasnet.synth import SynthConfig
 
 # These names stand for embedded datasets wherever a dataset folder is asked for.
@@ -84,7 +84,7 @@ def public_weights(given: str) -> str:
 class Study:
     """What the user asked for. Raises ConfigError for anything that cannot be run, before anything runs."""
 
-    data: tuple[str, ...] = (EMBEDDED,)  # dataset folders, or of EMBEDDED_SETS
+    data: tuple[str, ...] = ()  # dataset folders, or of EMBEDDED_SETS; empty: the preset's
     out: str = "runs/study"
     preset: str = "full"
     tables: tuple[str, ...] = ()  # empty: the preset's
@@ -94,14 +94,16 @@ class Study:
     num_segments: int | None = None  # K for every row instead of the paper's
     eco_weights: str = ""
     pose_weights: str = ""
-    pretrain: str = ""  # D0: EMBEDDED (another one, larger), a folder of videos or of shards, NOTHING; "": the preset's
+    pretrain: str = ""  # D0: EMBEDDED (another one), a folder of videos or of shards, NOTHING; "": the preset's
     overrides: Mapping[str, Any] = field(default_factory=dict)  # such as {"optim.epochs": 2}
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ConfigError(f"unknown preset {self.preset!r} (one of: {', '.join(PRESETS)})")
-        if not self.data or not self.splits or not self.seeds:
-            raise ConfigError("data, splits and seeds must name at least one each")
+        if not self.data:
+            object.__setattr__(self, "data", default_data(self.preset))
+        if not self.splits or not self.seeds:
+            raise ConfigError("splits and seeds must name at least one each")
         if any(split not in (1, 2, 3) for split in self.splits):
             raise ConfigError(f"splits are 1, 2 and 3, got {', '.join(map(str, self.splits))}")
         if any(seed < 0 for seed in self.seeds):
@@ -146,7 +148,8 @@ class Study:
     @property
     def rows(self) -> tuple[Row, ...]:
         """The rows of the paper that were asked for; where none were, the preset's."""
-        also = () if self.tables or self.fusions else tuple(row for row in ROWS if row.name in self.size.also)
+        chosen = self.tables or self.fusions or self.num_segments or self.data != self.size.data
+        also = () if chosen else tuple(row for row in ROWS if row.name in self.size.also)
         found = select_rows(self.tables or self.size.tables, self.fusions or self.size.fusions)
         return (*found, *(row for row in also if row not in found))
 
@@ -344,15 +347,21 @@ def check_datasets(study: Study, datasets: Sequence[tuple[str, Sequence[int]]]) 
     anything is decoded, when the study cannot be run on them.
     """
     names = [name for name, _ in datasets]
-    used = {name for row in study.rows if (name := dataset_for(row, names)) is not None}
+    serving: dict[str, str] = {}  # {the paper's dataset: ours}
+    for row in study.rows:
+        if (name := dataset_for(row, names)) is not None:
+            serving[row.dataset] = name
+    used = set(serving.values())
     if not used:
         tables = ", ".join(sorted({row.table for row in study.rows}))
-        raise ConfigError(f"no row of {tables} runs on {', '.join(names)}; see `pasnet list`")
+        hint = f" ({EMBEDDED_HMDB} stands in for HMDB-51 alone)" if EMBEDDED_HMDB in names else ""
+        raise ConfigError(f"no row of {tables} runs on {', '.join(names)}{hint}; see `pasnet list`")
     for name, usable in datasets:
         if names.count(name) > 1:
             raise ConfigError(f"two of the data folders are {name}; run one study for each")
-        if name not in used and name not in (*OFFICIAL, EMBEDDED_HMDB):  # those may belong to tables not asked for
-            raise ConfigError(f"{name} would stand in for ucf101, but {', '.join(used)} does; run a study for each")
+        of = "hmdb51" if name == EMBEDDED_HMDB else "ucf101"
+        if name not in used and name not in OFFICIAL and of in serving:  # else it may belong to tables not asked for
+            raise ConfigError(f"{name} would stand in for {of}, but {serving[of]} does; run a study for each")
         for split in study.splits if name in used else ():
             if split not in usable:
                 raise ConfigError(f"{name}: split {split} has no train or no test videos; it has {list(usable)}")

@@ -45,7 +45,7 @@ def test_the_tables_run_holds_the_table_the_drawings_and_what_it_is_of(study: St
     records = json.loads((study.root / "results.json").read_text("utf-8"))["results"]
     assert len(children) == 5 and len(records) == 6
     about = parent.data.tags
-    assert about["protocol"] == "mean over splits 1, 2" and {c.data.tags["protocol"] for c in children} == {
+    assert about["protocol"] == "split 2" and {c.data.tags["protocol"] for c in children} == {
         "split 1",
         "split 2",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -282,8 +283,9 @@ class TestProcesses:
         def arguments(out: str) -> list[str]:
             return ["train", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / out)]
 
+        pipe = subprocess.PIPE
         with subprocess.Popen(
-            torchrun(2, arguments("stopped")), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            torchrun(2, arguments("stopped")), stdout=pipe, stderr=pipe, text=True, start_new_session=True
         ) as process:
             assert process.stdout is not None
             try:
@@ -293,7 +295,8 @@ class TestProcesses:
                         break
                 _, errors = process.communicate(timeout=120)
             finally:
-                process.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         assert process.returncode != 0 and "start again to go on" in errors, errors[-3000:]
         assert 2 <= len(state_of(tmp_path / "stopped")["history"]) < 12
         launch(2, arguments("stopped"))

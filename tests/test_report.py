@@ -22,7 +22,7 @@ from pasnet.confusion import draw
 from pasnet.figures import best_pasnet, comparable, figure_2, figure_3, heat_maps, ours_of, pictures_of_table, row_bars
 from pasnet.page import html_page
 from pasnet.predictions import ClassResult
-from pasnet.report import results_page
+from pasnet.report import remarks, results_page
 from pasnet.results import collect, finish
 from pasnet.study import Job, Shards, Study, jobs
 from pasnet.tracking import TrackingError
@@ -203,6 +203,19 @@ def test_one_drawing_has_one_protocol(tmp_path: Path) -> None:
     assert all(number in drawn for number in alone)
     gone = [r | {"status": "failed", "reason": "it"} if r["title"] == "I" else r for r in records]
     assert comparable(gone) == gone  # a row without any result does not take the mean from the others
+    first = [r | {"status": "failed", "reason": "it"} if r["split"] == 1 else r for r in records]
+    assert {(r["split"], r["status"]) for r in comparable(first)} == {(2, "done")}
+    apart = [r for r in records if (r["title"], r["split"]) in (("A", 1), ("I", 2))]
+    assert [(r["title"], r["status"]) for r in comparable(apart)] == [("A", "done"), ("I", "not run")]
+
+
+def test_remarks_name_the_dataset_where_a_title_has_two(tmp_path: Path) -> None:
+    content = content_of(Study(out=str(tmp_path), tables=("table-4",)))
+    said = remarks(content["results"])
+    assert "ECO, 8 frames, hmdb51: our sources do not give the paper's number." in said
+    assert any(line.startswith("ECO, 8 frames, ucf101: most likely quoted") for line in said)
+    [mean] = [line for line in said if line.startswith("Paper's protocol, likely a mean over three splits")]
+    assert "ECO, 8 frames, ucf101" in mean and "hmdb51" not in mean
 
 
 def test_bars_end_where_the_numbers_say() -> None:

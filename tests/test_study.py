@@ -17,11 +17,11 @@ import pytest
 from pasnet import execute
 from pasnet.config import ConfigError
 from pasnet.evaluate import Predictions
-from pasnet.experiments import PRESETS
+from pasnet.experiments import PRESETS, ROWS
 from pasnet.planning import lines, plan
 from pasnet.report import results_page, summary_table
 from pasnet.results import collect
-from pasnet.study import Shards, Study, check_datasets, dataset_for, jobs
+from pasnet.study import D0_EMBEDDED, EMBEDDED_SETS, Shards, Study, check_datasets, dataset_for, jobs, synth_config
 
 COUNTS = {f"split{split}": {"train": 200, "test": 80} for split in (1, 2, 3)}
 
@@ -82,6 +82,12 @@ def test_rows_run_on_their_own_dataset_or_on_a_stand_in() -> None:
         ((), [("ucf101", (1, 2, 3)), ("ucf101", (1,))], "two of the data folders are ucf101"),
         (("table-2",), [("hmdb51", (1, 2, 3))], "no row of table-2 runs on hmdb51"),
         ((), [("ucf101", (1, 2, 3)), ("jhmdb", (1, 2, 3))], "jhmdb would stand in for ucf101, but .*ucf101.* does"),
+        ((), [("hmdb51", (1, 2, 3)), ("synthetic-hmdb", (1,))], "would stand in for hmdb51, but hmdb51 does"),
+        (
+            ("table-2",),
+            [("synthetic-hmdb", (1, 2, 3))],
+            r"runs on synthetic-hmdb \(synthetic-hmdb stands in for HMDB-51",
+        ),
         ((), [("ucf101", (2, 3))], r"ucf101: split 1 has no train or no test videos; it has \[2, 3\]"),
     ],
 )
@@ -96,10 +102,11 @@ def test_a_dataset_of_other_tables_is_left_alone() -> None:
     assert check_datasets(Study(), both) == {"ucf101", "hmdb51"}
     embedded = [("synthetic", (1, 2, 3)), ("synthetic-hmdb", (1, 2, 3))]
     assert check_datasets(Study(tables=("table-2",)), embedded) == {"synthetic"}
+    assert check_datasets(Study(tables=("table-5",)), embedded) == {"synthetic-hmdb"}
 
 
 def test_smoke_has_every_kind_of_training_and_both_layouts() -> None:
-    planned = plan(Study(preset="smoke", data=PRESETS["smoke"].data), clips_per_second=1.0)
+    planned = plan(Study(preset="smoke"), clips_per_second=1.0)
     assert {of["dataset"] for of in planned["datasets"]} == {"synthetic", "synthetic-hmdb", "synthetic-d0"}
     assert planned["rows"] == {"run": 4, "not_run": [], "narrowed": ""}
     titles = [of["title"] for of in planned["trainings"]]
@@ -110,6 +117,19 @@ def test_smoke_has_every_kind_of_training_and_both_layouts() -> None:
         "A, K=8, eco, synthetic-hmdb split 1, seed 0",
         "A + 0.5 pool(I) + pool(F), K=8, twice-finetune, synthetic-hmdb split 1, seed 0",
     ]
+
+
+def test_what_a_preset_adds_goes_where_something_is_chosen(tmp_path: Path) -> None:
+    for chosen in ({"num_segments": 4}, {"tables": ("table-2",)}, {"fusions": ("A",)}, {"data": (str(tmp_path),)}):
+        assert {row.table for row in Study(preset="smoke", **chosen).rows} == {"table-2"}
+    names = {row.name for row in ROWS}
+    assert all(set(preset.also) <= names for preset in PRESETS.values())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_embedded_sets_have_seeds_of_their_own(preset: str) -> None:
+    study = Study(preset=preset)
+    assert len({synth_config(study, name).seed for name in (*EMBEDDED_SETS, D0_EMBEDDED)}) == 3
 
 
 def test_a_preset_that_narrows_a_table_says_so() -> None:
@@ -330,6 +350,7 @@ def test_trainings_at_once_have_a_gpu_each(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(execute, "_gpus", execute._gpus.__wrapped__)  # without what was found before
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PASNET_TRAININGS", "2")
     assert execute.gpu_for(0) == execute.gpu_for(1) == {}  # no driver
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho GPU-aa\necho GPU-bb\n")
@@ -337,6 +358,11 @@ def test_trainings_at_once_have_a_gpu_each(tmp_path: Path, monkeypatch: pytest.M
     assert [execute.gpu_for(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["GPU-aa", "GPU-bb", "GPU-aa"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     assert execute.gpu_for(1) == {"CUDA_VISIBLE_DEVICES": "7"}
+    monkeypatch.setenv("PASNET_TRAININGS", "1")
+    assert execute.gpu_for(0) == {}  # alone: the one that CUDA takes
+    monkeypatch.setenv("PASNET_TRAININGS", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,-1,5")  # CUDA reads up to there
+    assert execute.gpu_for(2) == {"CUDA_VISIBLE_DEVICES": "4"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")  # nothing to choose from
     assert execute.gpu_for(1) == {}
     tool.write_text("#!/bin/sh\necho no devices were found\nexit 6\n")
@@ -349,6 +375,7 @@ def test_a_process_gets_the_gpu_of_its_slot(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "look").chmod(0o755)
     monkeypatch.setattr("pasnet.execute.sys.executable", str(tmp_path / "look"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setenv("PASNET_TRAININGS", "2")
     with open(tmp_path / "lock", "a") as lock:
         execute._run([], tmp_path / "log", "title", execute.Slot(1, lock.fileno()))
     assert (tmp_path / "log").read_text() == "gpu 7\n"
