@@ -175,7 +175,9 @@ def _parser() -> argparse.ArgumentParser:
 def study_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
     """The options that say which study: `study_of` reads them."""
     parser.add_argument("--preset", default=preset, help=f"full (the paper's size) or smoke (CPU); default: {preset}")
-    parser.add_argument("--data", action="append", default=[], help="dataset folder, synthetic or synthetic-hmdb; again for more")
+    parser.add_argument(
+        "--data", action="append", default=[], help="folder, synthetic or synthetic-hmdb; again for more"
+    )
     parser.add_argument("--out", default="", help="folder of everything that is written")
     parser.add_argument("--tables", nargs="*", default=[], help="table-1 to table-5, figure-2; default: the preset's")
     parser.add_argument("--fusions", nargs="*", default=[], help="styles as in Table II; default: the preset's")
