@@ -509,6 +509,7 @@ def _report(arguments: argparse.Namespace) -> None:
         if not path.is_file():
             raise ConfigError(f"{path}: missing; it is written when a study ends")
         studies.append(json.loads(path.read_text("utf-8")))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(results_page(studies), "utf-8")
     page = arguments.out.with_suffix(".html")
     page.write_text(html_page(studies, arguments.studies), "utf-8")
