@@ -20,9 +20,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pasnet.tracking import TrackingError, comparison
+from pasnet.config import ConfigError
+from pasnet.results import compare
+from pasnet.tracking import TrackingError
 
-EXPERIMENT = "pasnet/fusion"
+TABLE = "table-2"
 # Chromium resolves *.localhost to loopback. MLflow opens its Assistant, a quarter of the page, under the plain names.
 HOST = "mlflow.localhost"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -127,15 +129,15 @@ def main() -> int:
             raise RefusedError(f"none of {', '.join(CHROMIUM)} is installed; on Debian: apt-get install -y chromium")
         if not database.is_file():
             raise RefusedError(f"there is no {database}; make smoke writes one")
-        fragment, runs = comparison(f"sqlite:///{database}", EXPERIMENT, {})
         out.parent.mkdir(parents=True, exist_ok=True)
         out.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory() as temp, served(database, Path(temp) / "server.log") as address:
-            take(chromium, f"{address}/{fragment}", out, Path(temp) / "profile")
-    except (RefusedError, TrackingError) as refused:
+            page, rows, _ = compare(arguments.run, TABLE, f"sqlite:///{database}", address)
+            take(chromium, page, out, Path(temp) / "profile")
+    except (RefusedError, TrackingError, ConfigError) as refused:
         print(f"error: {refused}", file=sys.stderr)
         return 2
-    print(f"{len(runs)} runs of {EXPERIMENT} side by side: {out}")
+    print(f"{rows} rows of {TABLE} side by side: {out}")
     return 0
 
 

@@ -33,7 +33,9 @@ PATHS = (
     "data.shards",
     "init.parent",
     "init.pretrained",
-)  # differ by place alone; the config that is kept as an artifact has them
+    "init.eco",
+    "init.pose",
+)  # differ by place alone: tags hold the hashes of weights, and the config that is kept as an artifact all of them
 NOTE = 8000  # characters; MLflow's limit for a tag
 # settings in which a run may differ from our defaults and still be in the paper's setting
 FREE = ("model.num_classes", "data.shards", "data.split", "data.workers", "optim.micro_batch", "seed")
