@@ -34,6 +34,7 @@ CASES = {  # the smallest networks that the study uses are the hardest case: the
     "PAS-Net, width 1/4": ("A+pool(I)+pool(F)", 0.25),
 }
 K, BATCH, MICRO, WORKERS = 8, 8, 4, 2
+LOOP = "training, with and without all that is not the network"
 SHARES = {
     "share_outside_forward_and_backward": "of a step, outside forward and backward pass",
     "share_beside_the_network": "slower than the network alone, by",
@@ -65,7 +66,6 @@ def measure(
     """One training into `out`, a bare epoch after each of its epochs."""
     epochs: list[dict[str, Any]] = []
     alone: list[float] = []
-
     outside: list[float] = []
     spent = 0.0
 
@@ -127,7 +127,7 @@ def run(dataset: Dataset, rounds: int, scratch: Path) -> dict[str, Any]:
         "what": f"K = {K}, 224 px, steps of {BATCH} clips in parts of {MICRO}, {WORKERS} loader workers, {device.type}",
         "videos": len(store),
         "training_clips": sum(len(labels) for _, labels in clips),
-        "tables": {"training, with and without all that is not the network": table},
+        "tables": {LOOP: table},
         "bounds": [
             bound(f"{row['peer']}: {what} < 5 %", row[name], _small)
             for row in table

@@ -24,6 +24,7 @@ from flows.obtain import obtain
 from flows.parameters import Positive, PresetName, Seed, Split, Table, check
 from flows.prepare import prepare, prepare_d0, videos
 from pasnet import tracking
+from pasnet.config import ConfigError
 from pasnet.execute import RUNNING, StudyError, idle, trainings_at_once
 from pasnet.planning import lines, plan
 from pasnet.results import collect, finish, links_page
@@ -97,7 +98,12 @@ def pasnet(
             *((dataset.name, dataset.usable_splits) for dataset in datasets),
             *((of, (1, 2, 3)) for of in embedded),
         ]
-        used = check_datasets(study, named)
+        try:
+            used = check_datasets(study, named)
+        except ConfigError as error:
+            if not lost:
+                raise
+            raise StudyError("; ".join([*lost.values(), str(error)])) from error  # what is lacking could not be had
         datasets += [videos(study, source, workers) for source in embedded if source in used]
     with stage("shards", seconds):
         shards = [prepare(study, dataset, workers) for dataset in datasets if dataset.name in used]

@@ -405,7 +405,7 @@ class Preset:
     hmdb_synth: dict[str, Any] = field(default_factory=lambda: dict(_HMDB))  # of synthetic-hmdb
     # D0, where there is one. Its networks start from nothing of ours, and so want a recipe of their own.
     pretrain: str = ""  # which it is unless the study says otherwise: "" none, "synthetic" the embedded one
-    d0_synth: dict[str, Any] = field(default_factory=lambda: {"seed": 1001})
+    d0_synth: dict[str, Any] = field(default_factory=lambda: {"groups": 40, "seed": 1001})
     d0_eco_optim: OptimConfig | None = None  # None: as eco_optim
     d0_optim: OptimConfig | None = None  # of PAS-Net on D0, strategy "recent"; None: as optim
     pose: PoseTrainConfig = field(default_factory=PoseTrainConfig)  # width and input size are the study's
@@ -434,7 +434,7 @@ PRESETS: dict[str, Preset] = {
         synth={"num_classes": 6, "groups": 25, "frames": (24, 40), "difficulty": 0.0},
         hmdb_synth={**_HMDB, "num_classes": 6, "groups": 14, "frames": (24, 40), "difficulty": 0.0},
         pretrain="synthetic",
-        d0_synth={"num_classes": 6, "groups": 25, "frames": (24, 40), "difficulty": 0.0, "seed": 1001},
+        d0_synth={"num_classes": 6, "groups": 30, "frames": (24, 40), "difficulty": 0.0, "seed": 1001},
         pose=PoseTrainConfig(steps=300, measure=100),
     ),
     # The paper's questions in about an hour on two cores: Tables I and II on `pasnet synth` data, one seed, from a w0

@@ -61,23 +61,29 @@ def collect(
         for split in study.splits:
             for seed in study.seeds:
                 members = [by_place[training, split, seed] for training in trainings_for(study, row, shards, d0)]
-                record = _result(study, row, of, split, seed, members, failures)
+                lines = [_line_of(member, by_folder) for member in members]
+                record = _result(study, row, of, split, seed, lines, failures)
                 if of is None and row.dataset in (lost or {}):
                     record |= {"status": "failed", "reason": f"not fetched: {(lost or {})[row.dataset]}"}
                 if record["status"] == "done":
-                    record |= _behind(members, by_folder)
+                    record |= _behind(lines)
                 records.append(record)
     return records
 
 
-def _behind(members: Sequence[Job], by_folder: Mapping[str, Job]) -> dict[str, Any]:
+def _line_of(job: Job, by_folder: Mapping[str, Job]) -> list[Job]:
+    """A training and all that it starts from, the first last."""
+    line = [job]
+    while line[-1].parent:
+        line.append(by_folder[line[-1].parent])
+    return line
+
+
+def _behind(lines: Sequence[Sequence[Job]]) -> dict[str, Any]:
     """What a row's number took: `epochs` on its own dataset, such as "30 + 12" of ECO and PAS-Net, and `chain`, the
     seconds of each training that it rests on, by folder, D0's and the pose network's included."""
     chain: dict[str, float] = {}
-    for member in members:
-        line = [member]
-        while line[-1].parent:
-            line.append(by_folder[line[-1].parent])
+    for line in lines:
         for job in line:
             if (done := Path(job.folder) / "done.json").is_file():
                 chain[Path(job.folder).name] = json.loads(done.read_text("utf-8"))["seconds"]
@@ -93,9 +99,10 @@ def _result(
     of: Shards | None,
     split: int,
     seed: int,
-    members: Sequence[Job],
+    lines: Sequence[Sequence[Job]],
     failures: Mapping[str, str],
 ) -> dict[str, Any]:
+    members = [line[0] for line in lines]
     record: dict[str, Any] = {
         "table": row.table,
         "title": row.title,
@@ -127,16 +134,13 @@ def _result(
     numbers = _metrics(members)
     gap = None if row.paper_top1 is None else round(numbers["top1"] - row.paper_top1, 2)
     config, data = members[0].config, members[0].config.data
-    parts = [("ECO", study.eco_weights)] + ([("pose", study.pose_weights)] if config.model.needs_pose else [])
-    starts = _starts(study, members[0])
-    start = ", ".join(starts)
-    origins = dict(each.split(" from ", 1) for each in starts)
+    start = ", ".join(_starts(study, members[0]))
     return {
         **record,
         "status": "done",
         "id": f"{row.name} split{split} seed{seed} {digest([[Path(job.folder).name for job in members], numbers])}",
         "start": start,
-        "weights": {name.lower(): _weights_hash(path, origins.get(name, start)) for name, path in parts},
+        "weights": _weights(study, lines[0]),
         "differs": _differences(study, row, of, members),
         "width": config.model.width,
         "input_size": data.input_size,
@@ -200,9 +204,22 @@ def _starts(study: Study, job: Job) -> list[str]:
     return [f"{name} from {origin}" for name, origin in found]
 
 
-def _weights_hash(path: str, start: str) -> str:
-    """Which public weights a network started from, whatever their file is called; without them, what it says itself."""
-    return f"sha256:{weights.sha256_of(Path(path))}" if path else start
+def _weights(study: Study, line: Sequence[Job]) -> dict[str, str]:
+    """What each network of a row started from: the sha256 of public weights, or the name of the training of ours, which
+    ends in the digest of all that decides it, or "a random start"."""
+    public = {"eco": study.eco_weights, "pose": study.pose_weights}
+    own = {"eco": line[-1].folder if line[-1].training.on == "D0" else "", "pose": line[0].pose}
+    if line[0].training.strategy == "recent":  # PAS-Net on D0 holds both
+        public["eco"], own["pose"] = "", own["eco"]
+    parts = ("eco", "pose") if line[0].config.model.needs_pose else ("eco",)
+    return {
+        part: f"sha256:{weights.sha256_of(Path(public[part]))}"
+        if public[part]
+        else f"training:{Path(own[part]).name}"
+        if own[part]
+        else "a random start"
+        for part in parts
+    }
 
 
 def _differences(study: Study, row: Row, of: Shards, members: Sequence[Job]) -> list[str]:
@@ -301,11 +318,14 @@ def finish(
 
 def _request(study: Study) -> dict[str, Any]:
     """All that decides a study's numbers but which rows, splits and seeds it is asked for."""
-    names = ("preset", "num_segments", "eco_weights", "pose_weights", "pretrain")
+    from pasnet.checkpoints import NUMERICS
+
+    given = {name: getattr(study, name) for name in ("preset", "num_segments", "eco_weights", "pose_weights")}
+    given["pretrain"] = study.pretrain or study.size.pretrain
     of_rows = ("tables", "fusions", "also", "data")
     size = {name: value for name, value in to_dict(study.size).items() if name not in of_rows}
-    given = {name: getattr(study, name) for name in names}
-    return {**given, "overrides": dict(study.overrides), "size": digest(size)}  # a preset may change with the code
+    # presets and numerics may change with the code
+    return {**given, "overrides": dict(study.overrides), "code": digest([NUMERICS, size])}
 
 
 def _with_earlier(
@@ -319,9 +339,11 @@ def _with_earlier(
     except (OSError, ValueError):
         return list(shards), records
     known = {of.dataset: of for of in shards}
-    if before.get("request") != json.loads(json.dumps(_request(study))):
-        return list(shards), records
     earlier = {of["dataset"]: Shards(**of) for of in before["shards"]}
+    d1 = {record.get("dataset") for record in before["results"]}
+    d0_changed = any(of.digest != known[name].digest for name, of in earlier.items() if name in known.keys() - d1)
+    if d0_changed or before.get("request") != json.loads(json.dumps(_request(study))):
+        return list(shards), records
 
     def place(record: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(record[name] for name in ("table", "title", "strategy", "paper_dataset", "split", "seed"))
@@ -400,9 +422,11 @@ def compare(root: Path, table: str, tracking_uri: str = "", address: str = "") -
         )
     content = json.loads(written.read_text("utf-8"))
     local = Path(root) / "mlflow.db"
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or content.get("tracking", "")
-    if uri.startswith("sqlite") and local.is_file():
-        uri = tracking.default_uri(root)  # the folder may have been moved since
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        uri = content.get("tracking", "")
+        if uri.startswith("sqlite") and local.is_file():
+            uri = tracking.default_uri(root)  # the folder may have been moved since
     if not uri:
         raise ConfigError(f"{written}: does not say where it was tracked; give --tracking-uri")
     sent = [record["run"] for record in content["results"] if record["table"] == table and record.get("run")]

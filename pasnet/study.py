@@ -94,7 +94,7 @@ class Study:
     num_segments: int | None = None  # K for every row instead of the paper's
     eco_weights: str = ""
     pose_weights: str = ""
-    pretrain: str = ""  # D0: EMBEDDED (another one), a folder of videos or of shards, NOTHING; "": the preset's
+    pretrain: str = ""  # D0: EMBEDDED (another one, larger), a folder of videos or of shards, NOTHING; "": the preset's
     overrides: Mapping[str, Any] = field(default_factory=dict)  # such as {"optim.epochs": 2}
 
     def __post_init__(self) -> None:
@@ -148,7 +148,7 @@ class Study:
     @property
     def rows(self) -> tuple[Row, ...]:
         """The rows of the paper that were asked for; where none were, the preset's."""
-        chosen = self.tables or self.fusions or self.num_segments or self.data != self.size.data
+        chosen = self.tables or self.fusions or self.num_segments or set(self.data) != set(self.size.data)
         also = () if chosen else tuple(row for row in ROWS if row.name in self.size.also)
         found = select_rows(self.tables or self.size.tables, self.fusions or self.size.fusions)
         return (*found, *(row for row in also if row not in found))
