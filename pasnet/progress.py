@@ -16,9 +16,11 @@ class ClipBar:
         self._bar: Any = None
         self._first, self._started = done, time.perf_counter()
         if show and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+            try:
+                from rich.console import Console
+                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            except ImportError:  # a bar is not worth a training; the epochs' lines are there without
+                return
             columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = Progress(
                 *columns, TextColumn("{task.fields[now]}"), console=Console(stderr=True), transient=True

@@ -233,6 +233,14 @@ def test_a_bar_counts_only_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None
     assert "1.0 clips/s" in shown[0] and "data wait 10 %" in shown[0]
 
 
+def test_without_rich_there_is_no_bar_but_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with EpochBar("epoch", 100, 50, 0.0, show=True) as bar:
+        bar.close_step(60, 1.0, 50.0, 1.0)
+    assert bar._bar is None
+
+
 def test_a_pose_network_is_trained_as_the_study_asks(videos: Path, shard_folder: Path, tmp_path: Path) -> None:
     """The very command of pasnet/execute.py."""
     config = PoseTrainConfig(width=0.0625, input_size=48, steps=1, batch=2, measure=2)
