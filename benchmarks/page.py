@@ -482,8 +482,8 @@ def looping(of: Sequence[Result]) -> Iterator[str]:
         "`pasnet train`'s own loop. *Outside the network* is the share of a step's time that is not in forward or",
         "backward pass. *Slower than alone* is what an epoch loses against the same passes with nothing in between and",
         "no workers, an epoch of each in turn; the median of the rounds. The first two epochs are apart: the workers",
-        "of the training and of the test list are forked there, and until the training process has written to all of its",
-        "memory once more, each page that it shares with a fork costs it a copy.",
+        "of the training and of the test list are forked there, and until the training process has written to all of",
+        "its memory once more, each page that it shares with a fork costs it a copy.",
     )
     for result in of:
         yield f"### The training loop on {result.machine}"

@@ -9,6 +9,7 @@ Deployments of this one flow, with other parameters, are in prefect.yaml. `pytho
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from pasnet.execute import RUNNING, StudyError, idle, trainings_at_once
 from pasnet.planning import lines, plan
 from pasnet.results import collect, finish, links_page
 from pasnet.study import EMBEDDED_SETS, Shards, Study, check_datasets, jobs, pose_job
+from shards import Dataset
 
 
 # validate_parameters: `check` does it, in words
@@ -93,18 +95,8 @@ def pasnet(
         print(f"  {study.narrowed}; name others with fusions", flush=True)
     with stage("videos", seconds):
         datasets = [videos(study, source, workers) for source in study.data if source not in EMBEDDED_SETS]
-        embedded = [source for source in study.data if source in EMBEDDED_SETS]  # those that are used are made
-        named = [
-            *((dataset.name, dataset.usable_splits) for dataset in datasets),
-            *((of, (1, 2, 3)) for of in embedded),
-        ]
-        try:
-            used = check_datasets(study, named)
-        except ConfigError as error:
-            if not lost:
-                raise
-            raise StudyError("; ".join([*lost.values(), str(error)])) from error  # what is lacking could not be had
-        datasets += [videos(study, source, workers) for source in embedded if source in used]
+        used = used_sets(study, datasets, lost)
+        datasets += [videos(study, source, workers) for source in EMBEDDED_SETS if source in used]
     with stage("shards", seconds):
         shards = [prepare(study, dataset, workers) for dataset in datasets if dataset.name in used]
         d0 = prepare_d0(study, workers)
@@ -138,6 +130,19 @@ def publish(
 ) -> str:
     """MLflow runs, results.json and RESULTS.md; returns the page."""
     return finish(study, shards, results, seconds, uri, flow_run_id=str(flow_run.id or ""))
+
+
+def used_sets(study: Study, datasets: Sequence[Dataset], lost: Mapping[str, str]) -> set[str]:
+    """Which sets the study runs on: `datasets`, and of the embedded ones, which are made only then. Raises ConfigError
+    as check_datasets does, or StudyError with the reasons where sets could not be fetched (`lost`)."""
+    named = [(dataset.name, dataset.usable_splits) for dataset in datasets]
+    named += [(source, (1, 2, 3)) for source in study.data if source in EMBEDDED_SETS]
+    try:
+        return check_datasets(study, named)
+    except ConfigError as error:
+        if not lost:
+            raise
+        raise StudyError("; ".join([*lost.values(), str(error)])) from error
 
 
 def show_plan(study: Study) -> dict[str, Any]:

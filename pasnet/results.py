@@ -210,7 +210,7 @@ def _weights(study: Study, line: Sequence[Job]) -> dict[str, str]:
     public = {"eco": study.eco_weights, "pose": study.pose_weights}
     own = {"eco": line[-1].folder if line[-1].training.on == "D0" else "", "pose": line[0].pose}
     if line[0].training.strategy == "recent":  # PAS-Net on D0 holds both
-        public["eco"], own["pose"] = "", own["eco"]
+        public, own = dict.fromkeys(public, ""), dict.fromkeys(own, line[1].folder)
     parts = ("eco", "pose") if line[0].config.model.needs_pose else ("eco",)
     return {
         part: f"sha256:{weights.sha256_of(Path(public[part]))}"

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks import train_loop
 from benchmarks.harness import RESULTS, family
 from benchmarks.page import PAGE, prose, render
+from pasnet import train as training
+from pasnet.config import DataConfig, FusionConfig, ModelConfig, OptimConfig, TrainConfig
+from pasnet.data import Loader, open_shards
 
 MODELS = {
     "date": "2026-12-01",
@@ -153,3 +159,22 @@ def test_without_results_there_is_a_page(tmp_path: Path) -> None:
 )
 def test_family_names_a_file(cpu: str, expected: str) -> None:
     assert family(cpu) == expected
+
+
+def test_the_loops_share_is_of_its_steps(shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    config = TrainConfig(
+        model=ModelConfig(num_classes=3, fusion=FusionConfig(style="A"), width=0.0625, dropout=0),
+        data=DataConfig(shards=str(shard_folder), num_segments=2, input_size=48, workers=0),
+        optim=OptimConfig(epochs=train_loop.STARTING + 1, batch=4, micro_batch=2, schedule="constant"),
+    )
+    loader = Loader(open_shards(shard_folder), config.data, subset="train", batch=2, seed=0)
+    clips = [(batch.clips.clone(), batch.labels) for batch in loader.epoch(0)]
+    monkeypatch.setattr(train_loop, "bare", lambda *a: 1e9)  # the network alone takes no time
+    found = train_loop.measure(config, clips, device, tmp_path / "out")
+    assert 0 < found["share_outside_forward_and_backward"] < 1 and found["share_beside_the_network"] > 0.99
+    assert len(found["shares_of_epochs"]) == train_loop.STARTING + 1
+    slow = training._close
+    monkeypatch.setattr(training, "_close", lambda *a, **named: time.sleep(0.2) or slow(*a, **named))
+    longer = train_loop.measure(config, clips, device, tmp_path / "longer")
+    assert longer["share_outside_forward_and_backward"] > found["share_outside_forward_and_backward"]

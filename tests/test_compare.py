@@ -16,7 +16,7 @@ from pasnet import tracking
 from pasnet.cli import main
 from pasnet.results import compare, finish, links_page, send
 from pasnet.study import Study
-from pasnet.tracking import client, default_uri
+from pasnet.tracking import TrackingError, client, default_uri
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,10 @@ def test_the_tables_run_holds_the_table_the_drawings_and_what_it_is_of(study: St
         assert run.data.tags["prefect.flow_run_id"] == "flow-1"
         assert run.data.tags["weights.eco"].startswith("sha256:") and len(run.data.tags["weights.eco"]) == 7 + 64
     assert {c.data.tags.get("weights.pose") for c in children} == {None, "a random start"}
+    assert {c.data.tags["paper_protocol"] for c in children} == {"likely split 1", "likely a mean over three splits"}
+    for child in children:  # places are no parameters, lest MLflow compares them
+        assert not {"data.shards", "init.eco", "init.pose", "init.parent", "init.pretrained"} & child.data.params.keys()
+        assert "model.fusion.style" in child.data.params
     assert about["mlflow.note.content"].startswith("### table-2")
     names = {file.path for file in mlflow.list_artifacts(parent.info.run_id)}
     assert names == {"table.md", "table.csv", "bars.svg", "training-curves.svg", "results.json"}
@@ -108,6 +112,18 @@ def test_every_row_is_linked_to_its_run(study: Study, tmp_path: Path) -> None:
     assert "did not answer" in links_page(study.root, f"sqlite:///{tmp_path}/no/folder.db")
     (tmp_path / "results.json").write_text(json.dumps({"results": [{"status": "failed"}]}))
     assert f"`pasnet track send {tmp_path}`" in links_page(tmp_path, uri)
+
+
+def test_an_address_that_is_given_is_asked(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = f"sqlite:///{tmp_path}/other.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", elsewhere)
+    assert compare(study.root, "table-2", f"sqlite:///{study.root}/mlflow.db")[1] == 5
+    with pytest.raises(TrackingError, match=r"other\.db"):
+        compare(study.root, "table-2")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert compare(study.root, "table-2")[1] == 5
+    with pytest.raises(TrackingError, match=r"other\.db"):
+        compare(study.root, "table-2", elsewhere)
 
 
 def test_results_of_an_earlier_version_are_sent_and_shown_too(study: Study, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def artifacts(env: dict[str, str]) -> set[str]:
+    """The keys of what the flows have left to look at."""
+    asked = urllib.request.Request(
+        f"{env['PREFECT_API_URL']}/artifacts/filter", data=b"{}", headers={"Content-Type": "application/json"}
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=60) as answer:
+        return {artifact["key"] for artifact in json.load(answer)}
+
+
 @pytest.fixture
 def prefect_server(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A Prefect server and a process worker on loopback; yields the environment that reaches them."""
@@ -260,6 +270,7 @@ def test_the_deployment_runs_through_a_server_and_a_worker(
         prefect_server, "deployment", "run", "pasnet/table-1", "--param", "dry_run=true", "--watch", timeout=200
     )
     assert planned.returncode == 0, planned.stdout[-2000:] + (tmp_path / "worker.log").read_text()[-3000:]
+    assert "plan" in artifacts(prefect_server)
     assert "trainings, 0 of them done" in (tmp_path / "worker.log").read_text()
 
     parameters = {"preset": "tiny", "data": [str(videos)], "out": str(tmp_path / "out"), "tables": ["table-2"]}
@@ -271,3 +282,4 @@ def test_the_deployment_runs_through_a_server_and_a_worker(
     )
     records = results_of(tmp_path / "out")["results"]
     assert [record["status"] for record in records] == ["done", "done"]
+    assert {"results", "mlflow"} <= artifacts(prefect_server)

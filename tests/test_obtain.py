@@ -6,13 +6,18 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from flows import obtain as obtain_module
 from flows.obtain import _may_pass, _Shown, fetch_dataset, fetch_weights, obtain
+from flows.reproduce import used_sets
+from pasnet.config import ConfigError
+from pasnet.execute import StudyError
+from pasnet.study import Study
 from pasnet.weights import WeightsError
+from shards import Dataset
 from shards.unpack import FetchError, UnreachableError
 
 
@@ -122,6 +127,22 @@ def test_weights_that_could_not_be_fetched_raise_when_all_have_ended(monkeypatch
     with pytest.raises(WeightsError, match="wants a browser"):
         obtain(["data/hmdb51"], ["eco", "pose"], ())
     assert all(future.waited for future in futures.values())
+
+
+def test_a_set_that_could_not_be_fetched_is_the_reason_why_nothing_runs() -> None:
+    found = [cast(Dataset, SimpleNamespace(name="ucf101", usable_splits=(1, 2, 3)))]
+    study = Study(tables=("table-5",), data=("data/ucf101",))
+    with pytest.raises(StudyError, match="refused, 6 times; no row of table-5 runs on ucf101"):
+        used_sets(study, found, {"data/hmdb51": "refused, 6 times"})
+    with pytest.raises(ConfigError, match="no row of table-5"):
+        used_sets(study, found, {})
+
+
+def test_embedded_sets_that_no_row_runs_on_are_not_made() -> None:
+    both = ("synthetic", "synthetic-hmdb")
+    assert used_sets(Study(tables=("table-2",), data=both), [], {}) == {"synthetic"}
+    assert used_sets(Study(tables=("table-5",), data=both), [], {}) == {"synthetic-hmdb"}
+    assert used_sets(Study(preset="smoke"), [], {}) == set(both)
 
 
 # Shown

@@ -19,11 +19,12 @@ from pasnet.charts import Bar, bars
 from pasnet.cli import main
 from pasnet.config import ModelConfig
 from pasnet.confusion import draw
+from pasnet.experiments import PRESETS
 from pasnet.figures import best_pasnet, comparable, figure_2, figure_3, heat_maps, ours_of, pictures_of_table, row_bars
 from pasnet.page import html_page
 from pasnet.predictions import ClassResult
 from pasnet.report import remarks, results_page
-from pasnet.results import collect, finish
+from pasnet.results import _with_earlier, collect, finish
 from pasnet.study import Job, Shards, Study, jobs
 from pasnet.tracking import TrackingError
 
@@ -346,7 +347,23 @@ def test_a_table_alone_leaves_the_others_on_the_page(tmp_path: Path) -> None:
     assert "### table-2" in (tmp_path / "RESULTS.md").read_text("utf-8")
     # other settings are another study, and so are rows whose predictions are gone
     assert run(tables=("table-1",), fusions=("A",), overrides={"optim.epochs": 1}) == [("table-1", "A")]
+    # and one of a preset, or a D0, that is another now
     run(tables=("table-2",), fusions=("A", "Conv(A,I)"))
+    assert run(tables=("table-1",), fusions=("A",), pretrain="none") == [("table-1", "A")]
+    run(tables=("table-2",), fusions=("A", "Conv(A,I)"), pretrain="")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "full", dataclasses.replace(PRESETS["full"], max_train_videos=10**6))
+        assert run(tables=("table-1",), fusions=("A",)) == [("table-1", "A")]
+    run(tables=("table-2",), fusions=("A", "Conv(A,I)"))
+    d0 = dataclasses.replace(UCF[0], dataset="other-d0")
+    place = tmp_path / "results.json"
+    content = json.loads(place.read_text("utf-8"))
+    content["shards"].append(dataclasses.asdict(d0))
+    place.write_text(json.dumps(content), "utf-8")
+    records = [{**content["results"][0], "table": "table-1"}]
+    study = Study(out=str(tmp_path), data=("x/ucf101",))
+    assert len(_with_earlier(study, [*UCF, d0], records)[1]) == 3
+    assert len(_with_earlier(study, [*UCF, dataclasses.replace(d0, digest="anew")], records)[1]) == 1
     for folder in (tmp_path / "trainings").glob("*conv*"):
         shutil.rmtree(folder)
     assert run(tables=("table-1",), fusions=("A",)) == [("table-1", "A"), ("table-2", "A")]

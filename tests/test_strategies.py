@@ -37,7 +37,7 @@ from pasnet.experiments import (
     trainings_of,
 )
 from pasnet.models.pasnet import build
-from pasnet.results import collect
+from pasnet.results import _line_of, _weights, collect
 from pasnet.study import Job, PoseJob, Shards, Study, jobs, make_synthetic, pose_job
 from pasnet.synth import SynthConfig
 
@@ -264,6 +264,28 @@ def test_d0_with_the_seed_of_d1_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], d0_synth=PRESETS["tiny"].synth))
     with pytest.raises(ConfigError, match="synthetic-d0 has the seed of synthetic, 0"):
         make_synthetic(Study(preset="tiny", out=str(tmp_path)), "synthetic-d0", "ffmpeg", 1)
+
+
+def test_a_row_names_the_trainings_of_ours_that_it_starts_from(tmp_path: Path) -> None:
+    asked = study(tmp_path, fusions=("Conv(A,I)",))
+    (tmp_path / "data" / "synthetic-d0").mkdir(parents=True)
+    (tmp_path / "data" / "synthetic-d0" / "joints.parquet").touch()
+    made, pose = jobs(asked, (D1,), D0), pose_job(asked, D0)
+    by_folder = {job.folder: job for job in made}
+    rows = by_role(made)
+    assert pose is not None
+
+    def named(*role: str) -> dict[str, str]:
+        return _weights(asked, _line_of(rows[role], by_folder))  # type: ignore[index]
+
+    eco = f"training:{Path(rows['D0', 'eco', 'A'].folder).name}"
+    both = f"training:{Path(rows['D0', 'conventional', 'Conv(A,I)'].folder).name}"
+    assert named("D1", "conventional", "Conv(A,I)") == {"eco": eco, "pose": f"training:{Path(pose.folder).name}"}
+    assert named("D1", "twice-finetune", "Conv(A,I)") == named("D1", "conventional", "Conv(A,I)")
+    assert named("D1", "eco", "A") == {"eco": eco}
+    assert named("D1", "recent", "Conv(A,I)") == {"eco": both, "pose": both}
+    other = replace(asked, overrides={"model.width": 0.5})
+    assert pose_job(other, D0).folder != pose.folder  # type: ignore[union-attr]
 
 
 def test_recent_takes_over_all_but_the_head(shard_folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,17 @@ from pasnet.experiments import PRESETS, ROWS
 from pasnet.planning import lines, plan
 from pasnet.report import results_page, summary_table
 from pasnet.results import collect
-from pasnet.study import D0_EMBEDDED, EMBEDDED_SETS, Shards, Study, check_datasets, dataset_for, jobs, synth_config
+from pasnet.study import (
+    D0_EMBEDDED,
+    EMBEDDED,
+    EMBEDDED_SETS,
+    Shards,
+    Study,
+    check_datasets,
+    dataset_for,
+    jobs,
+    synth_config,
+)
 
 COUNTS = {f"split{split}": {"train": 200, "test": 80} for split in (1, 2, 3)}
 
@@ -122,6 +132,8 @@ def test_smoke_has_every_kind_of_training_and_both_layouts() -> None:
 def test_what_a_preset_adds_goes_where_something_is_chosen(tmp_path: Path) -> None:
     for chosen in ({"num_segments": 4}, {"tables": ("table-2",)}, {"fusions": ("A",)}, {"data": (str(tmp_path),)}):
         assert {row.table for row in Study(preset="smoke", **chosen).rows} == {"table-2"}
+    order = PRESETS["smoke"].data
+    assert Study(preset="smoke", data=order[::-1]).rows == Study(preset="smoke", data=order).rows  # it decides nothing
     names = {row.name for row in ROWS}
     assert all(set(preset.also) <= names for preset in PRESETS.values())
 
@@ -130,6 +142,8 @@ def test_what_a_preset_adds_goes_where_something_is_chosen(tmp_path: Path) -> No
 def test_embedded_sets_have_seeds_of_their_own(preset: str) -> None:
     study = Study(preset=preset)
     assert len({synth_config(study, name).seed for name in (*EMBEDDED_SETS, D0_EMBEDDED)}) == 3
+    d1, d0 = (synth_config(study, name) for name in (EMBEDDED, D0_EMBEDDED))
+    assert d0.num_classes * d0.groups * d0.clips_per_group > d1.num_classes * d1.groups * d1.clips_per_group
 
 
 def test_a_preset_that_narrows_a_table_says_so() -> None:
