@@ -96,7 +96,7 @@ def pasnet(
     with stage("videos", seconds):
         datasets = [videos(study, source, workers) for source in study.data if source not in EMBEDDED_SETS]
         used = used_sets(study, datasets, lost)
-        datasets += [videos(study, source, workers) for source in EMBEDDED_SETS if source in used]
+        datasets += [videos(study, source, workers) for source in study.data if source in used & set(EMBEDDED_SETS)]
     with stage("shards", seconds):
         shards = [prepare(study, dataset, workers) for dataset in datasets if dataset.name in used]
         d0 = prepare_d0(study, workers)
