@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pasnet.config import FUSION_TITLES, FusionConfig, ModelConfig
-from pasnet.costing import hardware
+from pasnet.machine import hardware
 from pasnet.models.cost import cost
 from pasnet.models.fast import has_fast_bf16, optimised
 from pasnet.models.pasnet import PASNet, build

@@ -20,7 +20,7 @@ from pasnet.models.pasnet import PASNet, build
 
 # Part of every run's identity. Raise it when a change to networks, data or training changes what comes out, so that
 # finished runs are not taken for new ones.
-NUMERICS = 2
+NUMERICS = 3
 # Datasets that have videos in common: an official one with itself, packed twice, and J-HMDB with what it is part of.
 SHARED_VIDEOS = ({"ucf101"}, {"hmdb51", "jhmdb"})
 
@@ -142,10 +142,16 @@ def read_own_checkpoint(
         _check_finished(path, checkpoint)
     trained_on = checkpoint["data"]
     split = config.data.split if config is not None else trained_on["split"]
-    wanted = {"dataset": shards.manifest["dataset"], "digest": shards.digest, "split": split}
+    wanted = {"dataset": shards.manifest["dataset"], "split": split}
     for name, value in wanted.items():
         if trained_on[name] != value:
             raise weights.WeightsError(f"{path}: was trained on {name} {trained_on[name]}, this run is on {value}")
+    if trained_on["digest"] != shards.digest:
+        raise weights.WeightsError(
+            f"{path}: was trained on other shards of {wanted['dataset']} (digest {trained_on['digest'][:12]}) than "
+            f"those in {shards.folder} ({shards.digest[:12]}): other videos, or packed with other settings; give "
+            "those, or train on these"
+        )
     return checkpoint
 
 

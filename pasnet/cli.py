@@ -312,7 +312,8 @@ def _synth(arguments: argparse.Namespace) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    from pasnet.experiments import select_rows, trainings
+    from pasnet.experiments import QUOTED, select_rows, trainings
+    from pasnet.report import of_two
 
     rows = select_rows(arguments.tables)
     if arguments.cost:
@@ -323,14 +324,18 @@ def _list(arguments: argparse.Namespace) -> None:
         return
     for row in rows:
         k = ",".join(map(str, row.num_segments))
-        paper = "–" if row.paper_top1 is None else f"{row.paper_top1:.2f}"
-        said = f"{row.table:9} {row.dataset:7} {row.title:44} {row.strategy:15} K={k:15} paper {paper:6}"
+        paper = of_two(row.paper_top1, row.paper_top5)
+        said = f"{row.table:9} {row.dataset:7} {row.title:44} {row.strategy:15} K={k:15} paper {paper:13}"
         print(said + (f" {row.protocol}" if row.paper_top1 is not None else "").rstrip())
+    tables = {row.table for row in rows}
+    for quoted in (of for of in QUOTED if of.table in tables):
+        print(f"{quoted.table:9} {quoted.dataset:7} quoted by the paper, not run: {quoted.what}")
     print(f"{len(rows)} rows, {len(trainings(rows))} trainings per split and seed")
 
 
 def _list_cost(rows: Sequence[Row], as_json: bool) -> None:
-    from pasnet.costing import cost_line, cost_rows, hardware, measured_speeds
+    from pasnet.costing import cost_line, cost_rows, measured_speeds
+    from pasnet.machine import hardware
 
     speeds = measured_speeds()
     found = cost_rows(rows, speeds)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import types
@@ -175,6 +176,8 @@ class OptimConfig:
             raise ConfigError("weight_decay and pose_lr_mult must be at least 0")
         if self.patience < 1:
             raise ConfigError(f"patience must be at least 1, got {self.patience}")
+        if not all(0 < one < next_ for one, next_ in itertools.pairwise((*self.steps, math.inf))):
+            raise ConfigError(f"steps must be epochs in ascending order, got {self.steps}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pasnet.config import FusionConfig, ModelConfig
 from pasnet.experiments import Row
+from pasnet.machine import hardware
 from pasnet.models.cost import cost
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"  # of a checkout; elsewhere it is not there
 CLASSES = {"ucf101": 101, "hmdb51": 51}
-
-
-def hardware() -> str:
-    """The kind of machine that networks run on here: the GPU's name, or the processor's and how many cores we may use.
-
-    Speeds are taken over from a benchmark of the same kind alone.
-    """
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", info.read_text("utf-8"), re.MULTILINE) if info.is_file() else []
-    return f"{names[0] if names else 'CPU'}, {len(os.sched_getaffinity(0))} cores"
 
 
 def measured_speeds(folder: Path = RESULTS, on: str | None = None) -> list[dict[str, Any]]:

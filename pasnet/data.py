@@ -197,7 +197,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class Loader:
-    """Batches of one subset. No clip is dropped: the last batch may be smaller.
+    """Batches of one subset. No clip is dropped: the last batch may be smaller (see Batches, also about `step`).
 
     `epoch(n)` iterates over epoch n; `rows` are the index rows that it visits, each once, over all `world` processes,
     of which this one, number `rank`, takes every world-th. "held_out" is the part of the training list that config
@@ -219,6 +219,7 @@ class Loader:
         planes: bool = False,
         rank: int = 0,
         world: int = 1,
+        step: int | None = None,
     ) -> None:
         train, workers = subset == "train", config.workers
         self.rows = rows_of(shards, config, subset)
@@ -226,7 +227,7 @@ class Loader:
             fix = "change data.held_out" if subset == "held_out" and not len(self.rows) else "use fewer processes"
             raise ConfigError(f"{shards.folder}: {len(self.rows)} {subset} videos for {world} processes; {fix}")
         self._shards, self.size, self.device = shards, config.input_size, torch.device(device)
-        self._batches = Batches(self.rows, batch, seed=seed if train else None, rank=rank, world=world)
+        self._batches = Batches(self.rows, batch, seed=seed if train else None, rank=rank, world=world, step=step)
         # else each new iterator draws from the global generator, and dropout would depend on the worker count
         options: dict[str, Any] = {
             "num_workers": workers,
@@ -275,6 +276,10 @@ class Loader:
     def totals(self) -> list[int]:
         """How many clips each batch holds, over all processes."""
         return self._batches.totals()
+
+    def steps(self) -> list[list[int]]:
+        """The same by optimiser step."""
+        return self._batches.steps()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, counted from 0, without the first `start`."""

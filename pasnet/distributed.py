@@ -16,6 +16,8 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pasnet.config import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
@@ -60,10 +62,19 @@ class Processes:
 
 @contextlib.contextmanager
 def processes() -> Iterator[Processes]:
-    """Joins the processes that torchrun started, or is the only one. One GPU each, where there are GPUs."""
+    """Joins the processes that torchrun started, or is the only one. One GPU each, where there are GPUs.
+
+    Raises ConfigError where a machine has GPUs, but fewer than processes.
+    """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
+        if world > 1 and local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local + 1} of this machine finds {torch.cuda.device_count()} GPUs, and each process needs "
+                "one of its own; start as many with torchrun's --nproc-per-node, or hide the GPUs "
+                "(CUDA_VISIBLE_DEVICES=) to train on CPUs"
+            )
         device = torch.device("cuda", local if world > 1 else torch.cuda.current_device())
         torch.cuda.set_device(device)
     else:

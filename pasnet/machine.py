@@ -1,18 +1,36 @@
-"""Load of the machine during an epoch, from what is there anyway: /proc, getrusage, torch.cuda.
+"""The machine: its name on every result, and its load during an epoch, from what is there anyway (/proc, torch.cuda).
 
-Not MLflow's own monitor: it needs psutil, and it sends straight to the server from a thread of its own, so that its
-points are lost, and its end waits, when the server is away. Here the numbers are part of the epoch's record, on disk
-before they are sent. A reading every ten seconds takes a fraction of a millisecond.
+The load is not left to MLflow's own monitor: that needs psutil, and it sends straight to the server from a thread of
+its own, so that its points are lost, and its end waits, when the server is away. Here the numbers are part of the
+epoch's record, on disk before they are sent. A reading every ten seconds takes a fraction of a millisecond.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import resource
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 EVERY = 10.0  # seconds; MLflow's own interval
+
+
+def hardware() -> str:
+    """The kind of machine that networks run on here: the GPU's name, or the processor's and how many cores we may use.
+
+    Speeds are taken over from a benchmark, or a finished training, of the same kind alone.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", info.read_text("utf-8"), re.MULTILINE) if info.is_file() else []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{names[0] if names else 'CPU'}, {cores} cores"
 
 
 class Load:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pasnet import ordering
 from pasnet.figures import by_row, comparable, figure_2, ours_of, row_bars, training_curves
-from pasnet.report import SUMMARY_COLUMNS, about, cells_of, not_run, remarks, summary_cells
+from pasnet.report import SUMMARY_COLUMNS, about, cells_of, figure_3_said, not_run, remarks, summary_cells
 from pasnet.summary import protocol, summaries
 
 Record = dict[str, Any]
@@ -220,14 +220,8 @@ def _classes(records: Sequence[Record], folder: Path, budget: int) -> tuple[list
 def _figure_3(drawn: dict[str, Any], folder: Path) -> list[str]:
     path = folder / "figures" / str(drawn.get("picture", ""))
     if not drawn.get("picture") or not path.is_file():
-        return [f"<p>Not drawn: {escape(drawn.get('reason', 'no finished row with a pose network'))}.</p>"]
-    where = f"{drawn['title']}, {drawn['strategy']}, {drawn['dataset']} split {drawn['split']}, seed {drawn['seed']}"
-    last = f" {drawn['last_layer'][0].upper()}{drawn['last_layer'][1:]}." if drawn["last_layer"] else ""
-    caption = (
-        f"Strongest keypoint at each position, over the frame; each map is scaled to its own maximum. {where}. The "
-        f"original is {drawn['original']}.{last} Test clips: {', '.join(drawn['clips'])}."
-    )
-    return [f"<figure>{_image(path, 'heat maps')}<figcaption>{escape(caption)}</figcaption></figure>"]
+        return [f"<p>{escape(figure_3_said({**drawn, 'picture': ''}))}</p>"]
+    return [f"<figure>{_image(path, 'heat maps')}<figcaption>{escape(figure_3_said(drawn))}</figcaption></figure>"]
 
 
 def _table(

@@ -121,7 +121,8 @@ def plan(
     are scaled by their work; `on` names the device that is planned for, else this machine's; `benchmarks` is the folder
     of measurements, else that of the checkout. Raises what the study itself would raise before it starts.
     """
-    from pasnet.costing import RESULTS, hardware
+    from pasnet.costing import RESULTS
+    from pasnet.machine import hardware
 
     if clips_per_second is not None and not 0 < clips_per_second < math.inf:
         raise ConfigError(f"clips_per_second must be above 0, got {clips_per_second}")
@@ -199,7 +200,7 @@ def source_of_d0(study: Study) -> Source | None:
 def rates_of_study(made: Iterable[Job], by_name: Mapping[str, Source], device: str, *, here: bool) -> list[Rate]:
     """What the finished trainings of this study did per second, their evaluations included, where they ran on the
     device that is planned for."""
-    from pasnet.costing import hardware
+    from pasnet.machine import hardware
 
     found = []
     for job in made:
@@ -209,7 +210,7 @@ def rates_of_study(made: Iterable[Job], by_name: Mapping[str, Source], device: s
             seconds = sum(record["seconds"] for record in history)
         except (OSError, ValueError, KeyError):
             continue
-        # a processor is recorded as "CPU", without its name
+        # older trainings have a processor on record as "CPU", without its name
         same = done.get("device") == device or (here and done.get("device") == "CPU" and hardware().endswith("cores"))
         if not same or not seconds:
             continue

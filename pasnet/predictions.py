@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,6 +229,22 @@ def per_class(predictions: Predictions, class_names: Sequence[str]) -> list[Clas
     return results
 
 
+def _draw(predictions: Predictions, numbers: dict[str, float], out: Path) -> None:
+    try:
+        from pasnet.confusion import draw
+    except ModuleNotFoundError as error:  # a machine that trains needs no Pillow, and the numbers none of its pictures
+        if error.name != "PIL":
+            raise
+        print(f"{out.name}: no picture is drawn, Pillow is not installed", file=sys.stderr)
+        return
+    source = predictions.source
+    where = f"{source.dataset} split {source.split}: " if source else ""
+    of = f"{numbers['videos']} test videos, {len(predictions.class_names)} classes"
+    with _replacing(out) as unfinished:
+        title = f"{where}top-1 {numbers['top1']:.2f} %, {of}"
+        draw(confusion(predictions), predictions.class_names, title, unfinished)
+
+
 def write_evaluation(
     predictions: Predictions, class_names: Sequence[str], out: Path, *, source: Source | None = None
 ) -> dict[str, float]:
@@ -250,12 +267,7 @@ def write_evaluation(
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("class", "videos", "top1", "top5", "confused_with", "confused"))
         writer.writerows(dataclasses.astuple(of) for of in classes)
-    from pasnet.confusion import draw  # Pillow is for the picture alone: a training does without
-
-    where = f"{named.source.dataset} split {named.source.split}: " if named.source else ""
-    title = f"{where}top-1 {numbers['top1']:.2f} %, {numbers['videos']} test videos, {len(classes)} classes"
-    with _replacing(out / "confusion.png") as unfinished:
-        draw(confusion(named), named.class_names, title, unfinished)
+    _draw(named, numbers, out / "confusion.png")
     with _replacing(out / "metrics.json") as unfinished:
         unfinished.write_text(json.dumps(numbers, indent=1), "utf-8")
     return numbers

@@ -133,6 +133,7 @@ def _result(
     done = [json.loads((Path(job.folder) / "done.json").read_text("utf-8")) for job in members]
     numbers = _metrics(members)
     gap = None if row.paper_top1 is None else round(numbers["top1"] - row.paper_top1, 2)
+    gap_top5 = None if row.paper_top5 is None else round(numbers["top5"] - row.paper_top5, 2)
     config, data = members[0].config, members[0].config.data
     start = ", ".join(_starts(study, members[0]))
     return {
@@ -152,9 +153,10 @@ def _result(
         "top1_low": numbers["top1_low"],
         "top1_high": numbers["top1_high"],
         "gap": gap,
+        "gap_top5": gap_top5,
         "best_on_test": done[0]["best_on_test"]["top1"] if len(done) == 1 else None,
         "seconds": round(sum(each["seconds"] for each in done), 1),
-        "device": done[0]["device"],
+        "device": "; ".join(sorted({each["device"] for each in done})),
         "history": json.loads((Path(members[0].folder) / "history.json").read_text("utf-8"))
         if len(members) == 1
         else [],
@@ -172,6 +174,7 @@ def _result(
             "test/top5": numbers["top5"],
             "test/mean_class": numbers["mean_class"],
             **({"gap_to_paper": gap} if gap is not None else {}),
+            **({"gap_to_paper_top5": gap_top5} if gap_top5 is not None else {}),
             **({"best_on_test/top1": done[0]["best_on_test"]["top1"]} if len(done) == 1 else {}),
         },
         "artifacts": [
@@ -471,10 +474,11 @@ def _parents(records: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, str
         of = [record for record in records if record["table"] == table]
         done = [record for record in of if record["status"] == "done"]
         splits = sorted({record["split"] for record in comparable(of)})
-        rows = dict.fromkeys((record["title"], record["strategy"], record["paper_top1"]) for record in of)
+        rows = dict.fromkeys((r["title"], r["strategy"], r["paper_top1"], r["paper_top5"]) for r in of)
         tags = {
             "protocol": f"mean over splits {', '.join(map(str, splits))}" if len(splits) > 1 else f"split {splits[0]}",
-            "paper_top1": "; ".join(f"{title}, {strategy}: {top1}" for title, strategy, top1 in rows),
+            "paper_top1": "; ".join(f"{title}, {strategy}: {top1}" for title, strategy, top1, _ in rows),
+            "paper_top5": "; ".join(f"{title}, {strategy}: {top5}" for title, strategy, _, top5 in rows),
             "shards.digest": ", ".join(sorted({record["shard_digest"] for record in done})),
             "commit": ", ".join(sorted({record["commit"] for record in done})),
         }

@@ -3,8 +3,8 @@
 The loop is in `train`, on one screen. A run folder holds config.json, load_report.txt, history.json (one entry per
 epoch), last.pt (rewritten after each epoch, and within one every config.checkpoint_minutes) and, when the last epoch is
 done, done.json. Started again, a run goes on from last.pt; on a CPU the result is the same, bit for bit, as without the
-interruption. Under torchrun it is one training of several processes, with the same steps as alone (but that clips which
-are too few for all of them join the step before), and batch norm sees the clips of one process.
+interruption. Under torchrun it is one training of several processes, with the same steps as alone, in which batch norm
+sees the clips of one process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from pasnet.config import ConfigError, OptimConfig, TrainConfig, to_dict
 from pasnet.data import Batch, Loader, open_shards
 from pasnet.distributed import Processes, processes, without_averaging
 from pasnet.evaluate import Source, autocast, metrics, predict, set_precision, write_evaluation
+from pasnet.machine import hardware
 from pasnet.models.pasnet import build, parameter_groups
 from pasnet.progress import EpochBar
 from pasnet.provenance import commit, versions
@@ -114,6 +115,7 @@ def _train(
             device=device,
             rank=team.rank,
             world=team.world,
+            step=optim.batch if subset == "train" else None,
         )
         return stack.enter_context(closing(made))
 
@@ -136,7 +138,7 @@ def _train(
             _write(out / "load_report.txt", report + "\n")
         team.say(report)
     else:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state.pop("model"))
     if optim.sync_bn and team.world > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device)
@@ -156,7 +158,7 @@ def _train(
     history: list[dict[str, Any]] = []
     tally, made_by = Tally(world=team.world), commit()
     if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state.pop("optimizer"))  # popped: a second copy would stay as long as the training
         scaler.load_state_dict(state["scaler"])
         history, tally = state["history"], Tally(**(state["within"] or {"world": team.world}))
         if tally.world != team.world:
@@ -180,7 +182,9 @@ def _train(
     wrapped = team.wrap(model)
     forward: Callable[[Tensor], Tensor] = torch.compile(wrapped) if config.compile else wrapped  # type: ignore[assignment]
 
-    totals, each = train_loader.totals(), optim.batch // (micro * team.world)  # loader batches in a step
+    totals = train_loader.totals()
+    step_of = [step for step in train_loader.steps() for _ in step]  # of a batch: what its step's batches hold
+    ends = set(accumulate(map(len, train_loader.steps())))  # so many batches make whole steps
     saved = time.monotonic()
 
     def save(within: Tally | None) -> None:
@@ -201,12 +205,8 @@ def _train(
         saved = time.monotonic()
         tally.saving += time.perf_counter() - started
 
-    asked = 0
-
     def interrupt() -> None:  # of an evaluation; every process has as many batches, and they leave it together
-        nonlocal asked
-        asked += 1
-        if (team.world == 1 or asked % 8 == 0) and any(team.gather(stop.is_set())):
+        if any(team.gather(stop.is_set())):
             save(tally)
             raise StoppedError("stopped in the evaluation of an epoch; start again to go on")
 
@@ -222,9 +222,7 @@ def _train(
         title = f"epoch {epoch + 1}/{optim.epochs}"
         with EpochBar(title, sum(totals), tally.seen, tally.waited, show=team.main) as bar:
             for batch in train_loader.epoch(epoch, start=number):
-                first = number // each * each
-                clips_in_step = sum(totals[first : first + each])
-                step_ends = number + 1 == min(first + each, len(totals))
+                clips_in_step, step_ends = sum(step_of[number]), number + 1 in ends
                 # dropout's draws depend on the place in the training, not on how the run got here
                 torch.manual_seed(_seed_at(config.seed, epoch, number, team.rank))
                 clips, labels = batch.clips.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
@@ -281,7 +279,7 @@ def _train(
             "evaluation_seconds": (evaluating := time.perf_counter() - started),
             "seconds": tally.seconds + tally.saving + evaluating,
             "processes": team.world,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+            "device": hardware(),
             "commit": made_by,
             **({"gpu_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}),
         }
@@ -302,7 +300,7 @@ def _train(
         **({"best_on_held_out": _best(history, "held_out_top1")} if held_out_loader else {}),
         "seconds": sum(record["seconds"] for record in history),
         "device": _all_of(history, "device"),
-        "processes": team.world,
+        "processes": _all_of(history, "processes"),
         "commit": _all_of(history, "commit"),
         **versions(),
     }
@@ -455,10 +453,14 @@ def set_train_mode(model: nn.Module, optim: OptimConfig) -> None:
     """model.train(), with batch norm as `bn_mode` says; called every epoch, since train() resets what it finds."""
     model.train()
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    still = {"train": [], "partial": norms[1:], "frozen": norms}[optim.bn_mode]
-    for norm in still:
-        norm.eval()
-        norm.requires_grad_(False)
+    if optim.bn_mode == "train":
+        return
+    # the first that learns: style "I" has an appearance trunk that it does not run
+    first = next((norm for norm in norms if norm.weight.requires_grad), None) if optim.bn_mode == "partial" else None
+    for norm in norms:
+        if norm is not first:
+            norm.eval()
+            norm.requires_grad_(False)
 
 
 @contextmanager
@@ -496,7 +498,7 @@ def _seed_at(seed: int, epoch: int, number: int, rank: int) -> int:
 
 def _all_of(history: list[dict[str, Any]], name: str) -> str:
     """What the epochs were trained with, in their order; those of before did not say."""
-    return ", ".join(dict.fromkeys(record[name] for record in history if name in record))
+    return "; ".join(dict.fromkeys(str(record[name]) for record in history if name in record))
 
 
 def _best(history: list[dict[str, Any]], by: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ public form of registry.py. Nothing in a file is executed: torch files are loade
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,14 +19,12 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pasnet.caffe import CaffeError, read_caffemodel
@@ -181,13 +180,22 @@ def _read_caffe(path: Path) -> StateDict:
         raise WeightsError(f"{path}: not a whole .caffemodel ({error}); download it again") from error
 
 
-def _read_safetensors(path: Path) -> tuple[StateDict, Origin | None]:
+@contextlib.contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:
+    """An open file. Raises WeightsError for what is none."""
+    from safetensors import SafetensorError, safe_open  # here: trainings from a random start do without
+
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            yield file
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a whole safetensors file ({error}); convert or download it again") from error
+
+
+def _read_safetensors(path: Path) -> tuple[StateDict, Origin | None]:
+    with _safetensors(path) as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     origin = _origin(path, metadata)
     if origin and origin.tensors_sha256 != _digest(tensors):
         raise WeightsError(f"{path}: its tensors are not those that were converted; convert it again")
@@ -251,11 +259,8 @@ def published(path: Path, kind: str) -> Source | None:
     path = Path(path)
     entries = [entry for entry in REGISTRY.values() if entry.kind == kind]
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as file:
-                origin = _origin(path, file.metadata() or {})
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path}: not a whole safetensors file ({error})") from error
+        with _safetensors(path) as file:
+            origin = _origin(path, file.metadata() or {})
         if origin:
             known = {entry.sha256: entry for entry in entries if entry.sha256}
             return known.get(origin.source_sha256[0]) if len(origin.source_sha256) == 1 else None
@@ -385,6 +390,8 @@ def write(
         preprocessing=preprocessing,
         tensors_sha256=_digest(tensors),
     )
+    from safetensors.torch import save_file
+
     out.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent)
     os.close(handle)

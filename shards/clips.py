@@ -111,21 +111,36 @@ class Clips:
 class Batches:
     """Lists of (epoch, row): every row exactly once an epoch over all ranks, as many batches on each rank.
 
-    The order is a permutation drawn from (seed, epoch), or that of `rows` when `seed` is None. Step i of the epoch
-    takes the next `batch` x `world` rows, of which rank r takes every world-th. The last step may be smaller; where
-    it would leave a rank with nothing, its clips go into the step before (one more for some ranks). `epoch` is
-    set before each epoch; a resumed run then sets `start`, how many batches of that epoch to leave out. These two ints
-    are all the state there is, and iterating does not change them (a DataLoader with workers begins twice).
+    The order is a permutation drawn from (seed, epoch), or that of `rows` when `seed` is None. Each batch takes the
+    next `batch` x `world` rows, of which rank r takes every world-th. The last one may be smaller; where it would leave
+    a rank with nothing, its clips go into the one before (one more for some ranks). `epoch` is set before each epoch; a
+    resumed run then sets `start`, how many batches of that epoch to leave out. These two ints are all the state there
+    is, and iterating does not change them (a DataLoader with workers begins twice).
+
+    `step`, a multiple of `batch` x `world`, is for training with accumulated gradients: an optimiser step is as many
+    rows, over all ranks, and no batch reaches into the next one. What is left at the end of the epoch is a step of its
+    own, or joins the last one where it is less than half a step (a mean over a few clips would move the network as far
+    as one over many). So the steps hold the same clips for any `batch` and `world` (up to half of `step`).
     """
 
     def __init__(
-        self, rows: Sequence[int] | np.ndarray, batch: int, *, seed: int | None, rank: int = 0, world: int = 1
+        self,
+        rows: Sequence[int] | np.ndarray,
+        batch: int,
+        *,
+        seed: int | None,
+        rank: int = 0,
+        world: int = 1,
+        step: int | None = None,
     ) -> None:
         if batch < 1 or not 0 <= rank < world:
             raise ValueError(f"need batch >= 1 and 0 <= rank < world, got batch {batch}, rank {rank}, world {world}")
+        if step is not None and (step < 1 or step % (batch * world)):
+            raise ValueError(f"step must be a multiple of batch x world, {batch} x {world}, got {step}")
         if len(rows) < world:
             raise ValueError(f"{len(rows)} clips cannot be shared by {world} processes; use fewer")
         self.rows, self.batch, self.seed, self.rank, self.world = np.asarray(rows), batch, seed, rank, world
+        self.step = step
         self.epoch = 0
 
     @property
@@ -138,27 +153,38 @@ class Batches:
         self._epoch, self.start = epoch, 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        if not 0 <= self.start <= len(self._steps()):
-            raise ValueError(f"start must be 0 to {len(self._steps())} batches, got {self.start}")
+        if not 0 <= self.start <= len(self):
+            raise ValueError(f"start must be 0 to {len(self)} batches, got {self.start}")
         return self._deal(self.epoch, self.start)
 
     def _deal(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
         rows = self.rows
         if self.seed is not None:
             rows = np.random.default_rng([self.seed, epoch]).permutation(rows)
-        for begin, end in self._steps()[start:]:
+        bounds = itertools.pairwise(itertools.accumulate(self.totals(), initial=0))
+        for begin, end in itertools.islice(bounds, start, None):
             yield [(epoch, int(row)) for row in rows[begin + self.rank : end : self.world]]
 
     def __len__(self) -> int:
-        return len(self._steps())
+        return len(self.totals())
 
     def totals(self) -> list[int]:
         """How many clips each batch of an epoch holds, over all ranks."""
-        return [end - begin for begin, end in self._steps()]
+        return list(itertools.chain(*self.steps()))
 
-    def _steps(self) -> list[tuple[int, int]]:
-        total, each = len(self.rows), self.batch * self.world
-        bounds = [*range(0, total, each), total]
-        if len(bounds) > 2 and bounds[-1] - bounds[-2] < self.world:
-            del bounds[-2]
-        return list(itertools.pairwise(bounds))
+    def steps(self) -> list[list[int]]:
+        """The same by optimiser step; without `step` each batch is one."""
+        each = self.batch * self.world
+        if self.step is None:
+            return [[total] for total in self._divided(len(self.rows), each, self.world)]
+        smallest = max(self.world, -(-self.step // 2))
+        whole = self._divided(len(self.rows), self.step, smallest)
+        return [self._divided(clips, each, self.world) for clips in whole]
+
+    @staticmethod
+    def _divided(total: int, each: int, smallest: int) -> list[int]:
+        """`total` in parts of `each`; a rest below `smallest` joins the last of them."""
+        full, rest = divmod(total, each)
+        if full and rest < smallest:
+            return [*[each] * (full - 1), each + rest]
+        return [*[each] * full, rest]

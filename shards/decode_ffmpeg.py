@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-import ffmpeg
 import numpy as np
 
 from shards.decode import DecodeError, DecoderStoppedError, DecodeSettings, Planes, SourceInfo
@@ -59,6 +58,8 @@ def ffmpeg_command(video: Path, settings: DecodeSettings) -> list[str]:
 
     Full range and BT.601 are what JPEG (JFIF) means by YUV; most sources are limited range, so the scaler converts.
     """
+    import ffmpeg  # here: those who only read shards do without
+
     scale = f"scale={settings.width}:{settings.height}:flags={settings.scaler}"
     scale += ":interl=-1:out_range=full:out_color_matrix=bt601"  # interl: field by field where the source is so marked
     stream = ffmpeg.input(str(video.absolute()), threads=1, max_pixels=settings.max_pixels)

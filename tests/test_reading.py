@@ -269,6 +269,44 @@ class TestBatches:
             with pytest.raises(ValueError, match="start must be 0 to"):
                 iter(ranks[0])
 
+    @settings(deadline=None)
+    @given(rows=st.integers(1, 300), batch=st.integers(1, 5), parts=st.integers(1, 6), world=st.integers(1, 6))
+    def test_steps_are_the_same_however_they_are_shared(self, rows: int, batch: int, parts: int, world: int) -> None:
+        step = batch * parts * world
+        if rows < world:
+            return
+        alone = Batches(range(rows), step, seed=3, step=step)
+        ranks = [Batches(range(rows), batch, seed=3, rank=rank, world=world, step=step) for rank in range(world)]
+        steps = ranks[0].steps()
+        dealt = [list(one) for one in ranks]
+        assert [total for totals in steps for total in totals] == ranks[0].totals()
+        assert all(1 <= len(items) <= batch + (world > 1) for batches in dealt for items in batches)
+        if 2 * world <= step:  # else a rest of half a step may be less than a clip each
+            assert list(map(sum, steps)) == list(map(sum, alone.steps()))
+        # step by step, all ranks together see the next clips of the same order
+        order = [row for items in alone for _, row in items]
+        first = batches_before = 0
+        for totals in steps:
+            numbers = range(batches_before, batches_before + len(totals))
+            seen = [row for batches in dealt for number in numbers for _, row in batches[number]]
+            assert sorted(seen) == sorted(order[first : first + sum(totals)])
+            first, batches_before = first + sum(totals), batches_before + len(totals)
+        assert first == rows
+
+    def test_a_small_rest_joins_the_last_step(self) -> None:
+        def steps(rows: int, batch: int, world: int) -> list[int]:
+            return list(map(sum, Batches(range(rows), batch, seed=0, world=world, step=64).steps()))
+
+        # the three splits of UCF-101, and HMDB-51's: ECO's steps of 64 clips
+        for batch, world in ((64, 1), (16, 1), (16, 2), (2, 8), (1, 32)):
+            assert steps(9537, batch, world) == [64] * 148 + [65]
+            assert steps(9586, batch, world) == [64] * 149 + [50]
+            assert steps(9624, batch, world) == [64] * 149 + [88]
+            assert steps(3570, batch, world) == [64] * 55 + [50]
+        assert steps(31, 16, 1) == [31]
+        with pytest.raises(ValueError, match="step must be a multiple of batch x world, 16 x 3, got 64"):
+            Batches(range(99), 16, seed=0, world=3, step=64)
+
     @pytest.mark.parametrize("world", [1, 2, 3])
     def test_an_evaluation_sees_every_video_once(self, shard_folder: Path, world: int) -> None:
         store = open_shards(shard_folder)

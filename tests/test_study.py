@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
+import io
 import json
 import os
 import threading
@@ -19,7 +21,7 @@ from pasnet.config import ConfigError
 from pasnet.evaluate import Predictions
 from pasnet.experiments import PRESETS, ROWS
 from pasnet.planning import lines, plan
-from pasnet.report import results_page, summary_table
+from pasnet.report import results_page, summary_table, table_csv
 from pasnet.results import collect
 from pasnet.study import (
     D0_EMBEDDED,
@@ -227,6 +229,22 @@ def finished(folder: str, top1: float) -> None:
     (Path(folder) / "history.json").write_text("[]")
 
 
+def test_top5_stands_beside_the_papers(tmp_path: Path) -> None:
+    study = Study(out=str(tmp_path), tables=("table-2",), fusions=("A+pool(I)",), seeds=(0, 1))
+    made = jobs(study, (BOTH[0],))
+    for job in made:
+        finished(job.folder, 91.0)
+    records = collect(study, (BOTH[0],), made, {})
+    assert [(of["gap"], of["gap_top5"]) for of in records] == [(pytest.approx(-0.15), pytest.approx(0.8))] * 2
+    assert records[0]["metrics"]["gap_to_paper_top5"] == pytest.approx(0.8)
+    page = results_page([{"title": "t", "shards": [BOTH[0].__dict__], "results": records}])
+    name = "| A + 1.5 pool(I) | twice-finetune | ucf101"
+    assert f"{name}, 1, 0 | 8 | 91.15 (98.20) | 91.00 (99.00) | 86.0 to 96.0 | -0.15 (+0.80) |" in page
+    assert f"{name} | 8 | 91.15 (98.20) | 91.00 (99.00) | 0.00 over 2 seeds | -0.15 (+0.80) | 0, 1 |" in page
+    head, *rows = csv.reader(io.StringIO(table_csv(records)))
+    assert [dict(zip(head, row, strict=True))["paper_top5"] for row in rows] == ["98.2", "98.2"]
+
+
 def test_the_page_says_what_was_run_what_failed_and_what_was_not(tmp_path: Path) -> None:
     study = Study(out=str(tmp_path), tables=("table-4",))
     made = jobs(study, (BOTH[0],))
@@ -252,7 +270,10 @@ def test_the_page_says_what_was_run_what_failed_and_what_was_not(tmp_path: Path)
 
     content = {"title": "t", "shards": [BOTH[0].__dict__], "results": records}
     page = results_page([content])
-    assert "| PAS-Net, 32 frames | twice-finetune | ucf101, 1, 0 | 32 | 94.10 | 91.00 | 86.0 to 96.0 | -3.10 |" in page
+    assert (
+        "| PAS-Net, 32 frames | twice-finetune | ucf101, 1, 0 | 32 | 94.10 | 91.00 (99.00) | 86.0 to 96.0 | -3.10 |"
+        in page
+    )
     assert "| 92.00 | 2.000 |" in page  # best on test; hours
     assert "failed: loss is nan" in page and "not run: no hmdb51 in this study" in page
     assert "**width 1**" in page and "`abc`" in page

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from pasnet import checkpoints
 from pasnet import train as training
 from pasnet.checkpoints import read_pretrained, run_digest
 from pasnet.config import (
@@ -24,12 +28,13 @@ from pasnet.config import (
     OptimConfig,
     TrainConfig,
     replace,
+    to_dict,
 )
 from pasnet.data import ClipDataset, Loader, open_shards, rgb_of_planes, train_view
 from pasnet.distributed import Processes
 from pasnet.evaluate import EvaluationError, Predictions, autocast, ensemble, metrics, predict
 from pasnet.models.pasnet import build
-from pasnet.train import TrainingError, evaluate_checkpoint, lr_scale_at, set_train_mode, train
+from pasnet.train import TrainingError, describe, evaluate_checkpoint, lr_scale_at, set_train_mode, train
 from pasnet.weights import WeightsError
 from shards import centre
 
@@ -58,6 +63,21 @@ class StopError(Exception):
     pass
 
 
+# What a GPU machine may lack: orchestration, tracking, decoders of videos, converters of weights, pictures, progress.
+NOT_NEEDED = (
+    "prefect",
+    "mlflow",
+    "pydantic",
+    "webdataset",
+    "ffmpeg",
+    "imageio_ffmpeg",
+    "safetensors",
+    "rarfile",
+    "PIL",
+)
+NOT_NEEDED += ("rich", "torchvision", "requests", "anyio", "sqlalchemy", "flows")
+
+
 class TestData:
     def test_a_batch_is_what_the_shards_hold(self, config: TrainConfig) -> None:
         shards = open_shards(Path(config.data.shards))
@@ -68,7 +88,8 @@ class TestData:
         assert rows == loader.rows.tolist()
         assert [int(x) for batch in batches for x in batch.labels] == shards.labels[loader.rows].tolist()
 
-    @pytest.mark.parametrize("workers", [1, 2])
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # on two cores
+    @pytest.mark.parametrize("workers", [1, 2, 4])
     def test_workers_do_not_change_a_batch(self, config: TrainConfig, workers: int) -> None:
         shards = open_shards(Path(config.data.shards))
         alone = Loader(shards, config.data, subset="train", batch=2, seed=3)
@@ -244,6 +265,33 @@ class TestLoop:
         with pytest.raises(ConfigError, match=message):
             replace(config, changes)
 
+    def test_it_needs_few_packages(self, config: TrainConfig, tmp_path: Path) -> None:
+        """Training, evaluation and a finetune from it, where the packages for everything else are not installed."""
+        (tmp_path / "config.json").write_text(json.dumps(to_dict(replace(config, {"optim.epochs": 1}))))
+        (tmp_path / "run.py").write_text(
+            "import importlib.abc, sys\n"
+            "class Absent(importlib.abc.MetaPathFinder):\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            f"        if name.split('.')[0] in {NOT_NEEDED}:\n"
+            "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+            "sys.meta_path.insert(0, Absent())\n"
+            "from pasnet.cli import main\n"
+            "folder, shards = sys.argv[1:]\n"
+            "train = ['train', '--config', f'{folder}/config.json', '--tracking-uri', 'off', '--out']\n"
+            "assert main([*train, f'{folder}/eco']) == 0\n"
+            "check = ['--checkpoint', f'{folder}/eco/last.pt', '--shards', shards, '--out', f'{folder}/evaluation']\n"
+            "assert main(['evaluate', *check]) == 0\n"
+            "parent = ['--set', f'init.parent={folder}/eco/last.pt', '--set', 'model.fusion.style=A+pool(I)']\n"
+            "assert main([*train, f'{folder}/pasnet', *parent]) == 0\n"
+        )
+        command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path), config.data.shards]
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (tmp_path / "pasnet" / "done.json").is_file()
+        assert "no picture is drawn" in done.stdout + done.stderr
+        assert (tmp_path / "evaluation" / "metrics.json").is_file()
+
     def test_the_loss_falls(self, config: TrainConfig, tmp_path: Path) -> None:
         changes = {"optim.epochs": 80, "optim.lr": 0.005, "model.dropout": 0, "model.width": 0.125, "optim.batch": 9}
         changes |= {"optim.micro_batch": 9, "data.flip": False, "data.scales": (1.0,), "data.input_size": 64, "seed": 3}
@@ -308,6 +356,23 @@ class TestLoop:
         init = {"init.parent": str(tmp_path / "one" / "last.pt"), "data.split": 2}
         with pytest.raises(WeightsError, match="was trained on split 1, this run is on 2"):
             train(replace(config, init), tmp_path / "two")
+
+    def test_a_checkpoint_of_another_dataset_is_refused_by_name(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        train(replace(config, {"optim.epochs": 1}), tmp_path / "one")
+        path, shards = tmp_path / "one" / "last.pt", Path(config.data.shards)
+        found = torch.load(path, weights_only=True)
+        child = replace(config, {"init.parent": str(path)})
+        torch.save({**found, "data": {**found["data"], "dataset": "hmdb51"}}, path)
+        with pytest.raises(WeightsError, match="was trained on dataset hmdb51, this run is on synthetic"):
+            train(child, tmp_path / "two")
+        with pytest.raises(WeightsError, match="was trained on dataset hmdb51, this run is on synthetic"):
+            evaluate_checkpoint(path, shards, tmp_path / "evaluation")
+        torch.save({**found, "data": {**found["data"], "digest": "0123456789abcdef"}}, path)
+        with pytest.raises(WeightsError, match=r"other shards of synthetic \(digest 0123456789ab\).*packed with other"):
+            evaluate_checkpoint(path, shards, tmp_path / "evaluation")
+        assert not (tmp_path / "evaluation").exists()
 
     def test_a_parent_that_knows_the_held_out_clips_is_refused(self, config: TrainConfig, tmp_path: Path) -> None:
         config = replace(config, {"optim.epochs": 1})
@@ -384,13 +449,15 @@ class TestLoop:
             train(config, tmp_path, stop)
         (tmp_path / "failure.json").write_text("{}")  # of an attempt before
         monkeypatch.setattr(training, "commit", lambda: "second")
-        assert train(config, tmp_path)["commit"] == "first, second"
+        assert train(config, tmp_path)["commit"] == "first; second"
         assert not (tmp_path / "failure.json").exists()
         done = (tmp_path / "done.json").read_bytes()
         monkeypatch.setattr(training, "commit", lambda: "third")
-        assert train(config, tmp_path)["commit"] == "first, second" and (tmp_path / "done.json").read_bytes() == done
+        assert train(config, tmp_path)["commit"] == "first; second" and (tmp_path / "done.json").read_bytes() == done
 
-    def test_sampling_is_a_choice_that_changes_no_older_name(self, config: TrainConfig) -> None:
+    def test_sampling_is_a_choice_that_changes_no_older_name(
+        self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         shards = open_shards(Path(config.data.shards))
         eco = replace(
             config, {"data.sampling": "eco_compatible", "data.num_segments": 20}
@@ -405,6 +472,7 @@ class TestLoop:
         assert len(set(ours.frames[0].tolist())) > 4
         assert run_digest(eco, "d", "") != run_digest(replace(eco, {"data.sampling": "segment"}), "d", "")
         # the name that this configuration had before there was a choice
+        monkeypatch.setattr(checkpoints, "NUMERICS", 2)  # of that time
         assert run_digest(replace(config, {"data.shards": "x"}), "d", "") == "1d0431064f04"
 
     def test_a_folder_of_another_run_is_refused(self, config: TrainConfig, tmp_path: Path) -> None:
@@ -450,18 +518,88 @@ class TestLoop:
         scales = [lr_scale_at(epoch, optim, history[:epoch]) for epoch in range(len(top1) + 1)]
         assert scales == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.01])
 
+    def test_the_recipe_reaches_the_optimiser(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        changes = {"model.fusion.style": "A+pool(I)", "optim.schedule": "steps", "optim.steps": "1"}
+        changes |= {"optim.momentum": 0.8, "optim.weight_decay": 1e-3, "optim.pose_lr_mult": 0.1}
+        made: list[torch.optim.SGD] = []
+
+        class Watched(torch.optim.SGD):
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                super().__init__(*arguments, **options)
+                made.append(self)
+
+        monkeypatch.setattr(torch.optim, "SGD", Watched)
+        rates: list[dict[str, float]] = []
+
+        def note(record: dict[str, Any]) -> None:
+            rates.append({group["name"]: group["lr"] for group in made[-1].param_groups} | {"said": record["lr"]})
+
+        train(replace(config, changes), tmp_path, note)
+        first = {"weight": 0.01, "bias": 0.02, "bn": 0.01, "pose_weight": 0.001, "pose_bias": 0.002, "said": 0.01}
+        assert rates[0] == pytest.approx(first)
+        assert rates[1] == pytest.approx({name: rate / 10 for name, rate in first.items()})
+        groups = {group["name"]: group for group in made[-1].param_groups}
+        assert all(group["momentum"] == 0.8 and group["nesterov"] for group in groups.values())
+        decays = {name: group["weight_decay"] for name, group in groups.items()}
+        assert decays == {"weight": 1e-3, "pose_weight": 1e-3, "bias": 0, "pose_bias": 0, "bn": 0}
+        train(replace(config, {**changes, "optim.nesterov": False, "optim.epochs": 1}), tmp_path / "plain")
+        assert not any(group["nesterov"] for group in made[-1].param_groups)
+
+    def test_best_on_test_is_told_apart_from_the_last(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = iter([20.0, 60.0, 40.0])
+        real = training.metrics
+
+        def told(*arguments: Any, **options: Any) -> dict[str, float]:
+            return {**real(*arguments, **options), "top1": next(found)}
+
+        monkeypatch.setattr(training, "metrics", told)
+        result = train(replace(config, {"optim.epochs": 3}), tmp_path)
+        assert result["last"]["test_top1"] == 40 and result["best_on_test"] == {"epoch": 2, "top1": 60}
+
+    def test_what_is_kept_for_the_backward_pass_is_no_part_of_the_result(
+        self, config: TrainConfig, tmp_path: Path
+    ) -> None:
+        of = replace(config, {"model.fusion.style": "Conv(A,I,F)", "optim.epochs": 1, "optim.lr": 0.001})
+        anew = replace(of, {"optim.checkpoint_pose": True})
+        assert run_digest(of, "d", "") == run_digest(anew, "d", "")
+        train(of, tmp_path / "kept")
+        train(anew, tmp_path / "anew")
+        kept, computed = weights_of(tmp_path / "kept"), weights_of(tmp_path / "anew")
+        for key, value in kept.items():
+            torch.testing.assert_close(computed[key], value, rtol=1e-4, atol=1e-6)
+
+    def test_a_line_for_an_epoch_says_what_is_left(self) -> None:
+        record = {"epoch": 3, "train_loss": 1.5, "train_top1": 50.0, "test_top1": 40.0, "lr": 0.001}
+        record |= {"clips_per_second": 7.25, "data_wait": 0.031, "seconds": 100.0}
+        line = describe(record, 40)
+        assert line.endswith("100.0 s, 1:01:40 left") and "data wait 3 %" in line and "GiB" not in line
+        assert describe({**record, "epoch": 40, "held_out_top1": 33.0, "gpu_gib": 4.25}, 40).endswith("0:00 left")
+        assert "held out  33.0 %" in describe({**record, "held_out_top1": 33.0}, 40)
+
     def test_fixed_steps(self) -> None:
         optim = OptimConfig(schedule="steps", steps=(2, 3))
         assert [lr_scale_at(epoch, optim, []) for epoch in range(5)] == pytest.approx([1, 1, 0.1, 0.01, 0.01])
+        for steps in ((3, 2), (2, 2), (0, 5)):
+            with pytest.raises(ConfigError, match="steps must be epochs in ascending order"):
+                OptimConfig(schedule="steps", steps=steps)
 
     @pytest.mark.parametrize(("mode", "moving"), [("train", 30), ("partial", 1), ("frozen", 0)])
-    def test_batch_norm_modes(self, config: TrainConfig, mode: str, moving: int) -> None:
-        model = build(config.model)
-        model.train()
-        set_train_mode(model, replace(config, {"optim.bn_mode": mode}).optim)
-        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d | torch.nn.BatchNorm3d)]
+    @pytest.mark.parametrize("style", ["A", "I"])
+    def test_batch_norm_modes(self, config: TrainConfig, mode: str, moving: int, style: str) -> None:
+        model = build(replace(config, {"model.fusion.style": style}).model)
+        for _ in range(2):  # every epoch anew
+            set_train_mode(model, replace(config, {"optim.bn_mode": mode}).optim)
+        runs = [model.temporal] if style == "I" else [model.appearance, model.temporal]  # "I" has A's trunk, unused
+        kinds = torch.nn.BatchNorm2d | torch.nn.BatchNorm3d
+        norms = [module for part in runs for module in part.modules() if isinstance(module, kinds)]
+        moving = min(moving, len(norms))
         assert sum(norm.training for norm in norms) == moving
         assert sum(norm.weight.requires_grad for norm in norms) == moving
+        assert norms[0].training == (mode != "frozen")
 
     def test_frozen_pose_does_not_move(self, config: TrainConfig, tmp_path: Path) -> None:
         config = replace(config, {"model.fusion.style": "A+pool(I)", "optim.freeze_pose": True, "optim.epochs": 1})
