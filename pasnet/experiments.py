@@ -461,21 +461,21 @@ PRESETS: dict[str, Preset] = {
         d0_synth={"num_classes": 6, "groups": 30, "frames": (24, 40), "difficulty": 0.0, "seed": 1001},
         pose=PoseTrainConfig(steps=300, measure=100),
     ),
-    # The paper's questions in about an hour on two cores: Tables I and II on `pasnet synth` data, one seed, from a w0
+    # The paper's questions in half an hour to an hour on two cores: Tables I and II on `pasnet synth` data, one seed, from a w0
     # of our own. Measured at this size on one core: training 8.5 clips/s with and 50 without a pose network, evaluation
     # 25 and 137; two cores are taken to do 1.7 times that. An epoch on D1 (216 training, 84 test clips) is then
-    # 216 / 14.4 + 84 / 42 = 17 s with and 3 s without; on D0 (348 and 132) 5 s for ECO. So: 10 PAS-Nets * 9 epochs
-    # * 17 s = 1530 s; two A + 1*1conv * 9 * 3 s = 54 s; ECO on D1 30 * 3 s = 90 s and on D0 30 * 5 s = 150 s; pose
+    # 216 / 14.4 + 84 / 42 = 17 s with and 3 s without; on D0 (348 and 132) 5 s for ECO. So: 10 PAS-Nets * 5 epochs
+    # * 17 s = 850 s; two A + 1*1conv * 5 * 3 s = 30 s; ECO on D1 30 * 3 s = 90 s and on D0 30 * 5 s = 150 s; pose
     # 32,000 frames at 110/s = 290 s; 780 videos made and packed at 3/s = 260 s; 14 trainings and as many evaluations
-    # started at 6 s = 170 s. In all 2540 s, 42 minutes. (Table "strategies", where asked for: on D0 two PAS-Nets * 30
-    # epochs * 27 s, since they start from as little as ECO does there, and on D1 two * 9 * 17 s: 1930 s, 32 minutes.)
+    # started at 6 s = 170 s. In all 1840 s, 31 minutes. (Table "strategies", where asked for: on D0 two PAS-Nets * 30
+    # epochs * 27 s, since they start from as little as ECO does there, and on D1 two * 5 * 17 s: 1790 s, 30 minutes.)
     # Appearance and 3D network, which start from less than the paper's, learn at five times its rate; the pose network,
     # which comes trained, at the paper's own 0.001. (At 0.005 its heat maps went flat, and what reads them with them.)
     "science": Preset(
         width=0.125,
         input_size=112,
         num_segments=None,
-        optim=OptimConfig(epochs=9, lr=0.005, batch=8, micro_batch=8, schedule="steps", steps=(7,), pose_lr_mult=0.2),
+        optim=OptimConfig(epochs=5, lr=0.005, batch=8, micro_batch=8, schedule="steps", steps=(4,), pose_lr_mult=0.2),
         eco_optim=OptimConfig(epochs=30, lr=0.005, batch=8, micro_batch=8, schedule="steps", steps=(24,)),
         tables=("table-1", "table-2"),
         synth={"num_classes": 12, "groups": 25, "frames": (24, 40), "difficulty": 0.25},

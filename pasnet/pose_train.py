@@ -31,6 +31,7 @@ from torch import Tensor
 from pasnet import weights
 from pasnet.config import ConfigError, DataConfig, PoseTrainConfig, digest, to_dict
 from pasnet.data import ShardSet, View, centre, open_shards, train_view
+from pasnet.machine import hardware
 from pasnet.models.openpose import MAPS, BodyNet, stage_layers
 from pasnet.registry import OPENPOSE
 from pasnet.synth import JOINTS
@@ -167,7 +168,8 @@ class Frames:
 
 
 def train_pose(config: PoseTrainConfig, shards_folder: Path, joints: Path, out: Path) -> dict[str, Any]:
-    """Trains the pose network and returns its quality (see `quality`), also in quality.json; nothing is done twice.
+    """Trains the pose network and returns its quality (see `quality`), also in quality.json; nothing is done twice. On a
+    GPU where there is one.
 
     Raises ConfigError and ShardError before the first step, ConfigError when `out` holds a run with other settings or
     the loss is not finite.
@@ -184,7 +186,8 @@ def train_pose(config: PoseTrainConfig, shards_folder: Path, joints: Path, out: 
     for stage in range(1, 7):  # OpenPose's own start for what makes the maps: near nothing, which most of a map is
         for branch in MAPS:
             torch.nn.init.normal_(net.get_parameter(f"{stage_layers(stage, branch)[-1][0]}.weight"), std=0.01)
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in models/pasnet.py
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in models/pasnet.py
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
     step, losses, seconds = 0, [], 0.0
     if (out / "last.pt").is_file():
@@ -208,7 +211,7 @@ def train_pose(config: PoseTrainConfig, shards_folder: Path, joints: Path, out: 
             for row in rng.choice(rows, config.batch):
                 view = train_view(*shards.frame_size, rng, config=data)
                 chosen.append((int(row), int(rng.integers(shards.num_frames[row])), view))
-            pictures, heat, pafs = frames.read(chosen, config)
+            pictures, heat, pafs = (each.to(device) for each in frames.read(chosen, config))
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * rate_at(number, config)
             loss = loss_of(net.stages(pictures), heat, pafs)
@@ -243,10 +246,11 @@ def train_pose(config: PoseTrainConfig, shards_folder: Path, joints: Path, out: 
         **quality(net, frames, config),
         "losses": losses,  # means over config.checkpoint_steps steps, all stages and branches together
         "seconds": seconds,
+        "device": hardware(),
     }
     weights.write(
         out / WEIGHTS,
-        {name: value.contiguous() for name, value in net.state_dict().items()},
+        {name: value.cpu().contiguous() for name, value in net.state_dict().items()},
         kind="pose",
         source=(f"pasnet pose-train on {found['dataset']}",),
         source_sha256=(shards.digest,),
@@ -273,6 +277,7 @@ def quality(net: BodyNet, frames: Frames, config: PoseTrainConfig) -> dict[str, 
     centre is at most 8 pixels away, also by joint (None: never visible).
     """
     net.eval()
+    device = next(net.parameters()).device
     rng = np.random.default_rng([config.seed, VERSION, config.steps, 1])
     view = centre(*frames.shards.frame_size)
 
@@ -280,19 +285,19 @@ def quality(net: BodyNet, frames: Frames, config: PoseTrainConfig) -> dict[str, 
         rows = rng.choice(frames.shards.select(config.split, subset), config.measure)
         return [(int(row), int(rng.integers(frames.shards.num_frames[row])), view) for row in rows]
 
-    _, mean_heat, mean_pafs = (each.mean(0) for each in frames.read(some("train"), config))
+    _, mean_heat, mean_pafs = (each.mean(0).to(device) for each in frames.read(some("train"), config))
     tested = some("test")
     sums = dict.fromkeys(("heat_l2", "heat_l2_zero", "heat_l2_mean", "paf_l2", "paf_l2_zero", "paf_l2_mean"), 0.0)
     hits, shown = np.zeros(len(JOINTS)), np.zeros(len(JOINTS))
     for first in range(0, len(tested), config.batch):
         chosen = tested[first : first + config.batch]
-        pictures, heat, pafs = frames.read(chosen, config)
+        pictures, heat, pafs = (each.to(device) for each in frames.read(chosen, config))
         field, maps = net.stages(pictures)[-1]
         maps, heat = maps[:, :-1], heat[:, :-1]
         for name, ours, true, mean in (("heat", maps, heat, mean_heat[:-1]), ("paf", field, pafs, mean_pafs)):
             for kind, guess in (("", ours), ("_zero", torch.zeros_like(true)), ("_mean", mean)):
                 sums[f"{name}_l2{kind}"] += float((guess - true).square().sum(1).mean((1, 2)).sum())
-        peaks = maps.flatten(2).argmax(2).numpy()  # (N,18)
+        peaks = maps.flatten(2).argmax(2).cpu().numpy()  # (N,18)
         cells = maps.shape[3]
         at = np.stack([peaks % cells, peaks // cells], 2) * STRIDE + (STRIDE - 1) / 2
         for place, (row, frame, _) in zip(at, chosen, strict=True):
