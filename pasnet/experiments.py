@@ -461,14 +461,15 @@ PRESETS: dict[str, Preset] = {
         d0_synth={"num_classes": 6, "groups": 30, "frames": (24, 40), "difficulty": 0.0, "seed": 1001},
         pose=PoseTrainConfig(steps=300, measure=100),
     ),
-    # The paper's questions in half an hour to an hour on two cores: Tables I and II on `pasnet synth` data, one seed, from a w0
-    # of our own. Measured at this size on one core: training 8.5 clips/s with and 50 without a pose network, evaluation
-    # 25 and 137; two cores are taken to do 1.7 times that. An epoch on D1 (216 training, 84 test clips) is then
-    # 216 / 14.4 + 84 / 42 = 17 s with and 3 s without; on D0 (348 and 132) 5 s for ECO. So: 10 PAS-Nets * 5 epochs
-    # * 17 s = 850 s; two A + 1*1conv * 5 * 3 s = 30 s; ECO on D1 30 * 3 s = 90 s and on D0 30 * 5 s = 150 s; pose
-    # 32,000 frames at 110/s = 290 s; 780 videos made and packed at 3/s = 260 s; 14 trainings and as many evaluations
-    # started at 6 s = 170 s. In all 1840 s, 31 minutes. (Table "strategies", where asked for: on D0 two PAS-Nets * 30
-    # epochs * 27 s, since they start from as little as ECO does there, and on D1 two * 5 * 17 s: 1790 s, 30 minutes.)
+    # The paper's questions in half an hour to an hour on two cores: Tables I and II on `pasnet synth` data, one seed,
+    # from a w0 of our own. Measured at this size on one core of a Xeon: training 8.5 clips/s with and 50 without a pose
+    # network, evaluation 25 and 137; two cores are taken to do 1.7 times that. An epoch on D1 (216 training, 84 test
+    # clips) is then 216 / 14.4 + 84 / 42 = 17 s with and 3 s without; on D0 (348 and 132) 5 s for ECO. So: 10 PAS-Nets
+    # * 5 epochs * 17 s = 850 s; two A + 1*1conv * 5 * 3 s = 30 s; ECO on D1 30 * 3 s = 90 s and on D0 30 * 5 s = 150 s;
+    # pose 32,000 frames at 110/s = 290 s; 780 videos made and packed at 3/s = 260 s; 14 trainings and as many
+    # evaluations started at 6 s = 170 s. In all 1840 s, 31 minutes. (Table "strategies", where asked for: on D0 two
+    # PAS-Nets * 30 epochs * 27 s, since they start from as little as ECO does there, and on D1 two * 5 * 17 s: 1790 s,
+    # 30 minutes.)
     # Appearance and 3D network, which start from less than the paper's, learn at five times its rate; the pose network,
     # which comes trained, at the paper's own 0.001. (At 0.005 its heat maps went flat, and what reads them with them.)
     "science": Preset(

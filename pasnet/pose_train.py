@@ -168,8 +168,8 @@ class Frames:
 
 
 def train_pose(config: PoseTrainConfig, shards_folder: Path, joints: Path, out: Path) -> dict[str, Any]:
-    """Trains the pose network and returns its quality (see `quality`), also in quality.json; nothing is done twice. On a
-    GPU where there is one.
+    """Trains the pose network, on a GPU where there is one, and returns its quality (see `quality`), also in
+    quality.json; nothing is done twice.
 
     Raises ConfigError and ShardError before the first step, ConfigError when `out` holds a run with other settings or
     the loss is not finite.

@@ -66,7 +66,7 @@ def test_every_fusion_style_and_a_second_run(home: Path, videos: Path, tmp_path:
     page = (tmp_path / "out" / "RESULTS.md").read_text()
     assert "**ucf-layout**, 11 videos" not in page and "**synthetic**, 11 videos" in page
     assert "width 0.0625" in page and "random start" in page and "Not the paper's setting" in page
-    assert "| A + 0.5 pool(I) + pool(F) | twice-finetune | synthetic, 1, 0 | 2 | 91.37 |" in page
+    assert "| A + 0.5 pool(I) + pool(F) | twice-finetune | synthetic, 1, 0 | 2 | 91.37 (98.04) |" in page
 
     mlflow = client(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}")
     by_table = {}
@@ -273,7 +273,10 @@ def test_the_deployment_runs_through_a_server_and_a_worker(
     assert "plan" in artifacts(prefect_server)
     assert "trainings, 0 of them done" in (tmp_path / "worker.log").read_text()
 
-    parameters = {"preset": "tiny", "data": [str(videos)], "out": str(tmp_path / "out"), "tables": ["table-2"]}
+    data = shutil.copytree(videos, tmp_path / "data")
+    sorted((data / "videos").rglob("*.avi"))[0].write_bytes(b"damaged")
+    parameters = {"preset": "tiny", "data": [str(data), "synthetic-hmdb"], "out": str(tmp_path / "out")}
+    parameters |= {"tables": ["table-2", "table-5"]}
     parameters |= {"eco_weights": "", "pose_weights": ""}  # else fetched, which wants a network
     given = [word for name, value in parameters.items() for word in ("--param", f"{name}={json.dumps(value)}")]
     ran = prefect(prefect_server, "deployment", "run", "pasnet/full-reproduction", *given, "--watch", timeout=500)
@@ -281,5 +284,7 @@ def test_the_deployment_runs_through_a_server_and_a_worker(
         ran.stdout[-2000:] + (tmp_path / "worker.log").read_text()[-3000:]
     )
     records = results_of(tmp_path / "out")["results"]
-    assert [record["status"] for record in records] == ["done", "done"]
-    assert {"results", "mlflow"} <= artifacts(prefect_server)
+    assert [(of["status"], of["dataset"]) for of in records] == [("done", "synthetic")] * 2 + [
+        ("done", "synthetic-hmdb")
+    ]
+    assert {"results", "mlflow", "failures-synthetic"} <= artifacts(prefect_server)
