@@ -24,7 +24,7 @@ from benchmarks.harness import bound
 from pasnet.config import DataConfig, FusionConfig, ModelConfig, OptimConfig, TrainConfig
 from pasnet.data import Loader, open_shards
 from pasnet.models.pasnet import PASNet, build
-from pasnet.train import set_train_mode, train
+from pasnet.train import set_bn_mode, train
 from shards import Dataset
 from shards import build as build_shards
 
@@ -46,7 +46,8 @@ def bare(config: TrainConfig, clips: list[tuple[torch.Tensor, torch.Tensor]], de
     """Clips per second of forward and backward passes with nothing else in between."""
     torch.manual_seed(config.seed)
     model = build(config.model).to(device)
-    set_train_mode(model, config.optim)
+    set_bn_mode(model, config.optim)
+    model.train()
     _synchronise(device)
     started = time.perf_counter()
     for batch, labels in clips:

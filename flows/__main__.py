@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pasnet.cli import call, default_out, study_arguments, study_of
-from pasnet.study import EMBEDDED_SETS, check_datasets, default_data, public_weights
+from pasnet.study import EMBEDDED_SETS, check_datasets, default_data
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,11 +33,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     data = tuple(arguments.data) or default_data(arguments.preset)
     # every mistake that can be found without work is found here, before Prefect starts
-    weights = {name: getattr(arguments, name) for name in ("eco_weights", "pose_weights")}
-    if arguments.fetch:  # what is still to come cannot be checked before
-        for name, value in weights.items():
-            setattr(arguments, name, value if Path(public_weights(value)).is_file() else "")
-    study = study_of(arguments, data=data, out=default_out(arguments.preset, data))
+    study = study_of(arguments, data=data, out=default_out(arguments.preset, data), coming=arguments.fetch)
     if arguments.dry_run:
         from pasnet.planning import lines, plan
 
@@ -62,7 +58,9 @@ def _run(arguments: argparse.Namespace) -> None:
     seconds = {}
     try:
         # the flow's parameters are the study's fields, with lists for tuples
-        given = {**dataclasses.asdict(study), **weights, "fetch": arguments.fetch, "mirrors": arguments.mirror}
+        given = {**dataclasses.asdict(study), "fetch": arguments.fetch, "mirrors": arguments.mirror}
+        given |= {name: getattr(arguments, name) for name in ("eco_weights", "pose_weights")}  # names are fetched
+        del given["coming"]
         as_lists = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
         finished: Any = pasnet(**as_lists)
         seconds = finished["seconds"]

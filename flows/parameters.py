@@ -108,12 +108,10 @@ class Parameters(BaseModel):
         return [name for name in given if name in REGISTRY and not Path(name).is_file()] if self.fetch else []
 
     def planned(self) -> Study:
-        """The study before anything is downloaded: without weights that are not there yet. Raises ConfigError."""
-        coming = [name for name in self.weights_to_fetch if not Path(public_weights(name)).is_file()]
-        left = {name: "" for name in ("eco_weights", "pose_weights") if getattr(self, name) in coming}
-        return self.model_copy(update=left).study()
+        """The study before anything is downloaded: weights may still be on their way. Raises ConfigError."""
+        return self.study(coming=self.fetch)
 
-    def study(self) -> Study:
+    def study(self, *, coming: bool = False) -> Study:
         """The same, for pasnet/. Raises ConfigError."""
         return Study(
             data=tuple(self.sources),
@@ -128,6 +126,7 @@ class Parameters(BaseModel):
             pose_weights=public_weights(self.pose_weights),
             pretrain=self.pretrain,
             overrides=self.overrides or {},
+            coming=coming,
         )
 
 

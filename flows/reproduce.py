@@ -34,7 +34,8 @@ from shards import Dataset
 
 
 # validate_parameters: `check` does it, in words
-@flow(name="pasnet", task_runner=ThreadPoolTaskRunner(max_workers=8), log_prints=False, validate_parameters=False)
+# Threads that wait, most of them: each training has its evaluation behind it, and those that start from it.
+@flow(name="pasnet", task_runner=ThreadPoolTaskRunner(max_workers=64), log_prints=False, validate_parameters=False)
 def pasnet(
     data: list[str] | None = None,
     out: str = "runs/study",

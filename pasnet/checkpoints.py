@@ -6,11 +6,15 @@ the epoch has come. Files are read with weights_only: nothing in them is execute
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pasnet import weights
@@ -26,8 +30,13 @@ SHARED_VIDEOS = ({"ucf101"}, {"hmdb51", "jhmdb"})
 
 
 def run_digest(config: TrainConfig, shard_digest: str, parent_digest: str) -> str:
-    """The identity of a training: everything that decides its result, and nothing that does not (paths, workers, how
-    often it is saved)."""
+    """The identity of a training: everything in its config that decides its result, and nothing that does not (paths,
+    workers, how often it is saved). The machine is no part of it, nor how many processes share the work, although
+    batch norm and dropout know that: both are on record."""
+    return digest([NUMERICS, _decisive(config, shard_digest, parent_digest)])
+
+
+def _decisive(config: TrainConfig, shard_digest: str, parent_digest: str) -> dict[str, Any]:
     values = to_dict(config)
     values["data"] |= {"shards": shard_digest, "workers": None}
     if config.data.sampling == "segment":  # so that runs of before there was a choice keep their names
@@ -37,7 +46,7 @@ def run_digest(config: TrainConfig, shard_digest: str, parent_digest: str) -> st
         values["init"][name] = _content_of(values["init"][name])
     del values["checkpoint_minutes"]
     del values["optim"]["checkpoint_pose"]  # memory, not numbers
-    return digest([NUMERICS, values])
+    return values
 
 
 def identity_of(parent: str) -> str:
@@ -70,7 +79,7 @@ def load_initial(model: PASNet, config: TrainConfig, shards: ShardSet) -> str:
             if config.init.pose:
                 raise ConfigError(f"{config.init.parent} holds a pose network; leave init.pose empty")
     elif config.init.pretrained:
-        pretrained = read_pretrained(Path(config.init.pretrained), shards)
+        pretrained = read_pretrained(Path(config.init.pretrained), shards, config.data.split)
         kept = {key: value for key, value in pretrained.items() if not key.startswith("head.")}
         has_pose = any(key.startswith("pose.") for key in kept)
         new = ["head.", *([] if has_pose else ["pose."]), *([] if has_pose else ["fusion."]), *remade]
@@ -170,11 +179,12 @@ def resume(path: Path, config: TrainConfig, shards: ShardSet, identity: str) -> 
     checkpoint = read_own_checkpoint(path, config, shards, finished=False)
     if checkpoint["identity"] != identity:
         theirs, ours = flatten(checkpoint["config"]), flatten(json.loads(json.dumps(to_dict(config))))
+        decisive = flatten(_decisive(config, "", "")).keys() - {"data.shards", "data.workers"}
         differ = [f"{name} {theirs.get(name)}, now {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
-        raise ConfigError(
-            f"{path}: is a run with other settings ({'; '.join(differ[:5]) or 'other weights to start from'}); "
-            "give another folder"
-        )
+        differ = [said for said in differ if said.split()[0] in decisive]
+        other = checkpoint.get("numerics", 2) != NUMERICS  # those of before it was written down
+        why = "another version of the training" if other else "; ".join(differ[:5]) or "other weights to start from"
+        raise ConfigError(f"{path}: is a run with other settings ({why}); give another folder")
     return checkpoint
 
 
@@ -198,8 +208,10 @@ def _check_finished(path: Path, checkpoint: dict[str, Any]) -> None:
         raise weights.WeightsError(f"{path}: has trained {done} of {epochs} epochs; start that training again first")
 
 
-def read_pretrained(path: Path, shards: ShardSet) -> weights.StateDict:
-    """The weights of a checkpoint of ours from another dataset (D0). Raises WeightsError when it is this one."""
+def read_pretrained(path: Path, shards: ShardSet, split: int) -> weights.StateDict:
+    """The weights of a checkpoint of ours from another dataset (D0). Raises WeightsError when it is this one, packed
+    otherwise perhaps: when an official set has videos in common with it, or, of one name, training videos of its are
+    test videos here (by class and name)."""
     checkpoint = _read(path)
     _check_finished(path, checkpoint)
     theirs, ours = checkpoint["data"]["dataset"], shards.manifest["dataset"]
@@ -211,8 +223,23 @@ def read_pretrained(path: Path, shards: ShardSet) -> weights.StateDict:
             f"{path}: was trained on {theirs}, whose training videos include some of {ours}'s test videos in one split "
             "or another; D0 must be another set"
         )
+    if theirs == ours and (known := checkpoint["data"].get("train_videos")) is not None:
+        test = shards.select(split, "test")
+        seen = np.isin(_names([shards.keys[row] for row in test]), known.numpy())
+        if seen.any():
+            raise weights.WeightsError(
+                f"{path}: was trained on {theirs}, too, and on {seen.sum()} of the {len(test)} test videos of split "
+                f"{split} here, such as {shards.keys[test[seen.argmax()]]}; if it is another set, pack it under "
+                "another name (--dataset)"
+            )
     tensors: weights.StateDict = checkpoint["model"]
     return tensors
+
+
+def _names(keys: Sequence[str]) -> npt.NDArray[np.int64]:
+    """A number for each video's class and name."""
+    digests = [hashlib.sha256(key.encode()).digest()[:8] for key in keys]
+    return np.array([int.from_bytes(each, "little", signed=True) for each in digests], np.int64)
 
 
 def save(
@@ -231,6 +258,7 @@ def save(
     epoch that is not over."""
     checkpoint = {
         "identity": identity,
+        "numerics": NUMERICS,
         "config": json.loads(json.dumps(to_dict(config))),  # plain lists, which weights_only loading admits
         "model": model,
         "optimizer": optimizer,
@@ -242,6 +270,9 @@ def save(
             "digest": shards.digest,
             "split": config.data.split,
             "class_names": list(shards.class_names),
+            "train_videos": torch.from_numpy(
+                _names([shards.keys[row] for row in rows_of(shards, config.data, "train")])
+            ),
         },
     }
     scratch = path.with_suffix(".tmp")

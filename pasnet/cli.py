@@ -51,6 +51,11 @@ def call(run: Any, arguments: argparse.Namespace) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"error: {place}{error.strerror or error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("pasnet", "shards", "flows"):
+            raise
+        print(f"error: this needs the package {error.name}, which is not installed", file=sys.stderr)
+        return 1
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("pasnet", "shards", "flows"):
             raise
@@ -181,7 +186,7 @@ def study_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
     parser.add_argument("--out", default="", help="folder of everything that is written")
     parser.add_argument("--tables", nargs="*", default=[], help="table-1 to table-5, figure-2; default: the preset's")
     parser.add_argument("--fusions", nargs="*", default=[], help="styles as in Table II; default: the preset's")
-    parser.add_argument("--splits", nargs="*", type=int, default=[1])
+    parser.add_argument("--splits", nargs="*", default=["1"], metavar="SPLIT", help="of 1, 2 and 3, or all; default: 1")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--num-segments", type=int, help="K for every row instead of the paper's")
     known = "a checkpoint, or a name that `pasnet weights fetch` lists"
@@ -193,8 +198,9 @@ def study_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="such as optim.epochs=2")
 
 
-def study_of(arguments: argparse.Namespace, *, data: Sequence[str], out: str) -> Study:
-    """The study that was asked for; `data` and `out` where the command line has none. Raises ConfigError."""
+def study_of(arguments: argparse.Namespace, *, data: Sequence[str], out: str, coming: bool = False) -> Study:
+    """The study that was asked for; `data` and `out` where the command line has none; `coming` as there. Raises
+    ConfigError."""
     from pasnet.study import Study, public_weights
 
     return Study(
@@ -203,14 +209,23 @@ def study_of(arguments: argparse.Namespace, *, data: Sequence[str], out: str) ->
         preset=arguments.preset,
         tables=tuple(arguments.tables),
         fusions=tuple(arguments.fusions),
-        splits=tuple(arguments.splits),
+        splits=_splits(arguments.splits),
         seeds=tuple(arguments.seeds),
         num_segments=arguments.num_segments,
         eco_weights=public_weights(arguments.eco_weights),
         pose_weights=public_weights(arguments.pose_weights),
         pretrain=arguments.pretrain,
         overrides=overrides(arguments.set),
+        coming=coming,
     )
+
+
+def _splits(given: Sequence[str]) -> tuple[int, ...]:
+    if list(given) == ["all"]:
+        return (1, 2, 3)
+    if not all(split.isdigit() for split in given):
+        raise ConfigError(f"--splits takes 1, 2 and 3, or all, got {' '.join(given)}")
+    return tuple(map(int, given))
 
 
 def default_out(preset: str, data: Sequence[str]) -> str:

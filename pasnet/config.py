@@ -202,7 +202,9 @@ class TrainConfig:
     # bf16 and fp16 (with loss scaling) are autocast; weights and optimiser stay fp32
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     compile: bool = False  # torch.compile: minutes at the start, for trainings of hours on a GPU
-    checkpoint_minutes: float = 10.0  # between checkpoints within an epoch: what a killed run loses at most
+    checkpoint_minutes: float = (
+        10.0  # between checkpoints within an epoch: the training that a killed run loses at most
+    )
 
     def __post_init__(self) -> None:
         if self.seed < 0:

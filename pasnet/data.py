@@ -34,6 +34,7 @@ __all__ = [
     "View",
     "centre",
     "held_out",
+    "lacking",
     "open_shards",
     "rgb_of_planes",
     "train_view",
@@ -304,6 +305,11 @@ class Loader:
                 torch.tensor(rows),
                 torch.from_numpy(np.stack([clip.indices for clip in clips])),
             )
+
+
+def lacking(shards: ShardSet) -> int:
+    """How many videos of the dataset's lists the shards do not hold: absent from the disk, or damaged."""
+    return int(shards.manifest.get("listed_but_missing", 0)) + int(shards.manifest.get("failed", 0))
 
 
 def rows_of(shards: ShardSet, config: DataConfig, subset: Literal["train", "held_out", "test"]) -> np.ndarray:

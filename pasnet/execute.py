@@ -59,8 +59,10 @@ def run_training(job: Job, tracking_uri: str = "") -> bool:
 
 def run_evaluation(job: Job) -> bool:
     """Evaluates the last epoch's network. False: it was done already."""
+    from pasnet.predictions import evaluated
+
     out = Path(job.folder) / "evaluation"
-    if (out / "metrics.json").is_file() and (out / "predictions.parquet").is_file():
+    if evaluated(out):
         return False
     command = ["evaluate", "--checkpoint", str(Path(job.folder) / "last.pt"), "--shards", job.config.data.shards]
     with training_slot(first=True) as slot:

@@ -159,14 +159,18 @@ def pictures_of_table(records: Sequence[Record]) -> dict[str, str]:
     return found
 
 
-def best_pasnet(records: Sequence[Record]) -> Record | None:
-    """The finished run of one network with a pose in it that has the highest top-1; of equal ones the first."""
+def pasnet_of_figure_3(records: Sequence[Record]) -> Record | None:
+    """The finished run whose pose network is drawn: one network with a pose in it, of a style that reads the heat maps
+    if there is one (the others do not train their last layer); of those the highest top-1, of equal ones the first."""
+    from pasnet.models.fusion import READS
+
     usable = [
         record
         for record in records
         if record["status"] == "done" and record["fusion"] not in NO_POSE and len(record["trainings"]) == 1
     ]
-    return max(usable, key=lambda record: record["top1"], default=None)
+    reads = [record for record in usable if "E" in READS[record["fusion"]]]
+    return max(reads or usable, key=lambda record: record["top1"], default=None)
 
 
 def figure_3(record: Record, out: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def comparisons(records: Iterable[Record]) -> list[Record]:
 
     - `higher`, `lower`: {"title", "strategy"} of the row with the larger number in the paper, and of the other
     - `paper`: that difference in percent, more than 0; `ours`: our mean difference on the same runs
+    - `mixed`: whether the paper's two numbers are likely of two protocols (docs/paper.md, A22)
     - `low`, `high`: its 95 % interval, None with one seed; `splits`, `seeds`: what both rows have
     - `verdict`: "as in the paper", "the other way round", "undecided" where the interval holds 0, "one seed"
 
@@ -57,7 +58,8 @@ def comparisons(records: Iterable[Record]) -> list[Record]:
                 folder = rows[one][0].get("shards", "")
                 if folder not in groups:
                     groups[folder] = _groups(folder, across_classes=dataset in EMBEDDED_SETS)
-                about = {"table": table, "dataset": dataset, "paper": paper}
+                protocols = {rows[row][0].get("paper_protocol") for row in (one, other)}
+                about = {"table": table, "dataset": dataset, "paper": paper, "mixed": len(protocols) > 1}
                 about |= _estimate(differences, groups[folder])
                 places = (("higher", one), ("lower", other))
                 found.append(about | {place: {"title": row[0], "strategy": row[1]} for place, row in places})
@@ -162,6 +164,11 @@ def said(found: Sequence[Record]) -> list[str]:
         f"The paper ranks {_number(len(found), 'pair')} of these rows. Ours have {same} in the same order, {opposite} "
         f"in the other, {len(found) - same - opposite} equal (Kendall's tau {(same - opposite) / len(found):+.2f})."
     ]
+    if mixed := sum(each.get("mixed", False) for each in found):
+        lines.append(
+            f"In {_number(mixed, 'pair')} the paper's two numbers are likely of two protocols, split 1 and a mean over "
+            "three splits (marked *): its order of those may be the protocols'."
+        )
     judged = [each for each in found if each["verdict"] != "one seed"]
     if judged:
         count = {verdict: sum(each["verdict"] == verdict for each in judged) for verdict in VERDICTS}
@@ -198,7 +205,7 @@ def cells(found: Iterable[Record]) -> list[tuple[str, ...]]:
         (
             f"{each['higher']['title']}, {each['higher']['strategy']}",
             f"{each['lower']['title']}, {each['lower']['strategy']}",
-            f"{each['paper']:+.2f}",
+            f"{each['paper']:+.2f}" + (" *" if each.get("mixed") else ""),
             f"{each['ours']:+.2f}",
             "–" if each["low"] is None else f"{each['low']:+.2f} to {each['high']:+.2f}",
             each["verdict"],

@@ -27,6 +27,11 @@ Mean = Literal["softmax", "logits"]
 COLUMNS = ("key", "label", "probabilities", "frames")
 
 
+# Part of every file of predictions. Raise it when a change here or in evaluate.py changes what comes out of the same
+# network, so that the study evaluates anew.
+VERSION = 1
+
+
 class EvaluationError(RuntimeError):
     """An evaluation whose numbers must not be believed."""
 
@@ -37,13 +42,14 @@ class PredictionsError(EvaluationError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where predictions come from: the dataset's name, the split, the digest of the shard folder, and the identity of
-    the training (`run_digest` in pasnet/train.py)."""
+    """Where predictions come from: the dataset's name, the split, the digest of the shard folder, the identity of the
+    training (`run_digest` in pasnet/checkpoints.py), and how many videos of the dataset's lists the shards lack."""
 
     dataset: str
     split: int
     shards: str
     training: str
+    lacking: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +79,7 @@ class Predictions:
             "frames": pa.array(list(self.frames.astype(np.int32)), pa.list_(pa.int32())),
         }
         source = None if self.source is None else dataclasses.asdict(self.source)
-        about = json.dumps({"class_names": self.class_names, "source": source})
+        about = json.dumps({"class_names": self.class_names, "source": source, "version": VERSION})
         table = pa.table(columns).replace_schema_metadata({"pasnet": about})
         with _replacing(path) as unfinished:
             pq.write_table(table, unfinished, compression="zstd")
@@ -229,6 +235,18 @@ def per_class(predictions: Predictions, class_names: Sequence[str]) -> list[Clas
     return results
 
 
+def evaluated(folder: Path) -> bool:
+    """Whether a folder holds a whole evaluation, made by this version of it."""
+    path = Path(folder) / "predictions.parquet"
+    if not (Path(folder) / "metrics.json").is_file() or not path.is_file():
+        return False
+    try:
+        about = json.loads((pq.read_schema(path).metadata or {}).get(b"pasnet", b"{}"))
+    except (OSError, ValueError):
+        return False
+    return bool(about.get("version", 1) == VERSION)  # those of before it was written down are the first
+
+
 def _draw(predictions: Predictions, numbers: dict[str, float], out: Path) -> None:
     try:
         from pasnet.confusion import draw
@@ -238,7 +256,8 @@ def _draw(predictions: Predictions, numbers: dict[str, float], out: Path) -> Non
         print(f"{out.name}: no picture is drawn, Pillow is not installed", file=sys.stderr)
         return
     source = predictions.source
-    where = f"{source.dataset} split {source.split}: " if source else ""
+    short = f" (shards lack {source.lacking} listed videos)" if source and source.lacking else ""
+    where = f"{source.dataset} split {source.split}{short}: " if source else ""
     of = f"{numbers['videos']} test videos, {len(predictions.class_names)} classes"
     with _replacing(out) as unfinished:
         title = f"{where}top-1 {numbers['top1']:.2f} %, {of}"
@@ -383,4 +402,5 @@ def _source_of(members: Sequence[Predictions], mean: Mean) -> Source | None:
         split=sources[0].split,
         shards=" ".join(digests),
         training="ensemble-" + digest(parts),
+        lacking=max(source.lacking for source in sources),
     )

@@ -24,6 +24,8 @@ COLUMNS = (
     "best on test",
     "hours",
     "run",
+    "commit",
+    "hardware",
 )
 SUMMARY_COLUMNS = ("row", "strategy", "dataset", "K", "paper", "ours, mean", "sd", "gap", "seeds", "runs", "hours")
 BEST, WORST = 3, 5  # classes that are named for a row
@@ -85,7 +87,9 @@ def about(study: dict[str, Any]) -> list[str]:
         part = f" with {share:.0%} of the training videos" if share < 1 else ""
         size = f"**width {width:g}**, {input_size}x{input_size} input"
         lines.append(f"Network: {size}; {start}; trained on {device}{part}; commit `{code}`.")
+    lines += _micro_batches(done)
     lines += _cost_of(done)
+    lines += [f"{study['remark']}."] if study.get("remark") else []
     differs = list(dict.fromkeys(difference for record in done for difference in record["differs"]))
     if differs:
         lines.append(
@@ -93,6 +97,24 @@ def about(study: dict[str, Any]) -> list[str]:
             f"reproduction is. What differs: {'; '.join(differs)}."
         )
     return lines
+
+
+def _micro_batches(done: Sequence[Record]) -> list[str]:
+    """What batch norm sees at a time, where the rows differ in it: a difference that K brings with it on one card."""
+    found: dict[str, set[str]] = {}
+    for record in done:
+        params = record.get("params", {})
+        if "optim.micro_batch" in params and "," not in record["num_segments"]:
+            network = "ECO" if record["strategy"] == "eco" else "others"
+            found.setdefault(f"{params['optim.micro_batch']}", set()).add(f"{network} at K = {record['num_segments']}")
+    if len(found) < 2:
+        return []
+    each = "; ".join(
+        f"{size} ({', '.join(sorted(of))})" for size, of in sorted(found.items(), key=lambda of: -int(of[0]))
+    )
+    return [
+        f"Clips that batch norm sees at a time, by what fits a card: {each}. A difference between those is one of it."
+    ]
 
 
 def _cost_of(done: Sequence[Record]) -> list[str]:
@@ -216,6 +238,7 @@ def _table_section(records: Sequence[Record], table: str) -> list[str]:
         where = f"{cells['dataset']}, {record['split']}, {record['seed']}"
         names = ("k", "paper", "ours", "interval", "gap", "best", "hours", "run")
         values = [record["title"], record["strategy"], where, *(cells[name] for name in names)]
+        values += [record.get("commit", "–"), _cell(record.get("device", "–"))]
         lines.append("| " + " | ".join(values) + " |")
     if said := remarks(records):
         lines += ["", *(f"- {line}" for line in said)]
@@ -315,7 +338,7 @@ def of_two(top1: float | None, top5: float | None, form: str = ".2f") -> str:
 
 def cells_of(record: Record) -> dict[str, str]:
     """A record's numbers as text."""
-    paper = of_two(record["paper_top1"], record["paper_top5"])
+    paper = of_two(record["paper_top1"], record.get("paper_top5"))
     paper += " (quoted)" if quoted(record) and record["paper_top1"] is not None else ""
     if record["status"] != "done":
         blank = dict.fromkeys(("interval", "gap", "best", "hours", "run"), "–")

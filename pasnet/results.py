@@ -297,6 +297,7 @@ def finish(
         "shards": [dataclasses.asdict(of) for of in shards],
         "request": _request(study),
         "narrowed": study.narrowed,
+        "remark": study.size.remark,
         "seconds": dict(seconds),
         "tags": {
             "study": place,
@@ -323,9 +324,12 @@ def _request(study: Study) -> dict[str, Any]:
     """All that decides a study's numbers but which rows, splits and seeds it is asked for."""
     from pasnet.checkpoints import NUMERICS
 
-    given = {name: getattr(study, name) for name in ("preset", "num_segments", "eco_weights", "pose_weights")}
+    given: dict[str, Any] = {"preset": study.preset, "num_segments": study.num_segments}
+    for name in ("eco_weights", "pose_weights"):  # by content: a file may be another one under the same name
+        path = Path(getattr(study, name))
+        given[name] = weights.sha256_of(path) if path.is_file() else getattr(study, name)
     given["pretrain"] = study.pretrain or study.size.pretrain
-    of_rows = ("tables", "fusions", "also", "data")
+    of_rows = ("tables", "fusions", "also", "data", "remark")
     size = {name: value for name, value in to_dict(study.size).items() if name not in of_rows}
     # presets and numerics may change with the code
     return {**given, "overrides": dict(study.overrides), "code": digest([NUMERICS, size])}
@@ -334,8 +338,8 @@ def _request(study: Study) -> dict[str, Any]:
 def _with_earlier(
     study: Study, shards: Sequence[Shards], records: list[dict[str, Any]]
 ) -> tuple[list[Shards], list[dict[str, Any]]]:
-    """With the finished rows of an earlier study in this folder that was asked for other ones: a table alone does not
-    take the other tables off the page. Not those of other settings or other shards, nor those that are gone."""
+    """With the rows of an earlier study in this folder that was asked for other ones, finished or failed: a table alone
+    takes no other table off the page. Not those of other settings or other shards, nor those that are gone."""
     written = study.root / "results.json"
     try:
         before = json.loads(written.read_text("utf-8"))
@@ -352,17 +356,21 @@ def _with_earlier(
         return tuple(record[name] for name in ("table", "title", "strategy", "paper_dataset", "split", "seed"))
 
     def holds(record: Mapping[str, Any]) -> bool:
-        if record["status"] != "done" or place(record) in asked:
+        if record["status"] not in ("done", "failed") or place(record) in asked:
             return False
+        if "shard_digest" not in record:  # its dataset could not be fetched
+            return True
         digest_now = known.get(record["dataset"], earlier.get(record["dataset"]))
-        there = all((Path(folder) / "evaluation" / "metrics.json").is_file() for folder in record["trainings"])
+        there = record["status"] == "failed" or all(
+            (Path(folder) / "evaluation" / "metrics.json").is_file() for folder in record["trainings"]
+        )
         return there and digest_now is not None and digest_now.digest == record["shard_digest"]
 
     asked = {place(record) for record in records}
     kept = [record for record in before["results"] if holds(record)]
     tables = list(QUESTIONS)
     joined = sorted([*kept, *records], key=lambda record: tables.index(record["table"]))
-    used = {record["dataset"] for record in kept} - known.keys()
+    used = {record["dataset"] for record in kept if "dataset" in record} - known.keys()
     return [*shards, *(earlier[name] for name in earlier if name in used)], joined
 
 
@@ -495,9 +503,9 @@ def _parents(records: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, str
 
 def _figure_3(records: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
     """Fig. 3 of the best PAS-Net row; {"reason": ...} where there is none."""
-    from pasnet.figures import best_pasnet, figure_3
+    from pasnet.figures import figure_3, pasnet_of_figure_3
 
-    best = best_pasnet(records)
+    best = pasnet_of_figure_3(records)
     if best is None:
         return {"reason": "no finished row with a pose network"}
     try:

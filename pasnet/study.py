@@ -80,6 +80,10 @@ def public_weights(given: str) -> str:
     return str(Path(WEIGHTS) / REGISTRY[given].file) if known else given
 
 
+def _is_public(path: str) -> bool:
+    return any(Path(path) == Path(WEIGHTS) / source.file for source in REGISTRY.values())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """What the user asked for. Raises ConfigError for anything that cannot be run, before anything runs."""
@@ -96,6 +100,7 @@ class Study:
     pose_weights: str = ""
     pretrain: str = ""  # D0: EMBEDDED (another one, larger), a folder of videos or of shards, NOTHING; "": the preset's
     overrides: Mapping[str, Any] = field(default_factory=dict)  # such as {"optim.epochs": 2}
+    coming: bool = False  # public weights are fetched before it starts: a plan counts on them
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -111,7 +116,7 @@ class Study:
         if self.num_segments is not None and self.num_segments < 1:
             raise ConfigError(f"num_segments (K) must be at least 1, got {self.num_segments}")
         for path in (self.eco_weights, self.pose_weights):
-            if path and not Path(path).is_file():
+            if path and not Path(path).is_file() and not (self.coming and _is_public(path)):
                 names = [name for name, source in REGISTRY.items() if Path(path).name == source.file]
                 fix = f"; `pasnet weights fetch {names[0]}` downloads it" if names else ""
                 raise ConfigError(f"{path}: no such weights file{fix}")

@@ -1,10 +1,10 @@
 """One training: ECO (fusion "A") or PAS-Net, from a random start, public weights, or a checkpoint of ours.
 
-The loop is in `train`, on one screen. A run folder holds config.json, load_report.txt, history.json (one entry per
-epoch), last.pt (rewritten after each epoch, and within one every config.checkpoint_minutes) and, when the last epoch is
-done, done.json. Started again, a run goes on from last.pt; on a CPU the result is the same, bit for bit, as without the
-interruption. Under torchrun it is one training of several processes, with the same steps as alone, in which batch norm
-sees the clips of one process.
+The loop is at the end of `_train`, on one screen. A run folder holds config.json, load_report.txt, history.json (one
+entry per epoch), last.pt (rewritten after each epoch, and within one every config.checkpoint_minutes) and, when the
+last epoch is done, done.json. Started again, a run goes on from last.pt; on a CPU the result is the same, bit for bit,
+as without the interruption. Under torchrun it is one training of several processes, with the same steps as alone (while
+a step has two clips or more for each), in which batch norm sees the clips of one process.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from pasnet import checkpoints
 from pasnet.checkpoints import identity_of, load_initial, model_of, read_own_checkpoint, run_digest
 from pasnet.config import ConfigError, OptimConfig, TrainConfig, to_dict
-from pasnet.data import Batch, Loader, open_shards
+from pasnet.data import Batch, Loader, lacking, open_shards
 from pasnet.distributed import Processes, processes, without_averaging
 from pasnet.evaluate import Source, autocast, metrics, predict, set_precision, write_evaluation
 from pasnet.machine import hardware
-from pasnet.models.pasnet import build, parameter_groups
+from pasnet.models.pasnet import PASNet, build, parameter_groups
 from pasnet.progress import EpochBar
 from pasnet.provenance import commit, versions
 from pasnet.weights import WeightsError
@@ -89,9 +89,11 @@ def _train(
     if config.model.num_classes != len(shards.class_names):
         raise ConfigError(f"model.num_classes is {config.model.num_classes}, the shards have {len(shards.class_names)}")
     micro = micro_batch(optim, team.world)
-    if micro < min(optim.micro_batch, optim.batch) and optim.bn_mode != "frozen" and not optim.sync_bn:
+    if team.world > 1 and optim.bn_mode != "frozen" and not optim.sync_bn:
+        alone = min(optim.micro_batch, optim.batch)
         team.say(
-            f"batch norm sees {micro} clips at a time in each of {team.world} processes, in one alone it sees more"
+            f"batch norm sees {micro} clips at a time in each of {team.world} processes, in one alone {alone}, and "
+            "evaluations use the first one's statistics"
         )
     if optim.sync_bn and team.world > 1 and device.type != "cuda":
         raise ConfigError("optim.sync_bn needs GPUs: torch has no synchronised batch norm for CPUs")
@@ -120,6 +122,8 @@ def _train(
         return stack.enter_context(closing(made))
 
     train_loader, test_loader = loader("train"), loader("test")
+    if short_of := lacking(shards):
+        team.say(f"{shards.folder} lacks {short_of} videos of the dataset's lists: accuracies are of the others")
     lengths = shards.num_frames[train_loader.rows]
     if (short := (lengths < config.data.num_segments).mean()) > 0.01:
         team.say(
@@ -134,6 +138,8 @@ def _train(
     if state is None:
         report = load_initial(model, config, shards)
         if team.main:
+            for stale in ("done.json", "history.json"):  # of a run whose last.pt was removed
+                (out / stale).unlink(missing_ok=True)
             _write(out / "config.json", json.dumps(to_dict(config), indent=1))
             _write(out / "load_report.txt", report + "\n")
         team.say(report)
@@ -146,7 +152,7 @@ def _train(
         model.pose.checkpoint = optim.checkpoint_pose
         if optim.freeze_pose:
             model.pose.requires_grad_(False)
-    set_train_mode(model, optim)  # settles which parameters learn, before optimiser and processes look at them
+    set_bn_mode(model, optim)  # settles which parameters learn, before optimiser and processes look at them
     optimizer = torch.optim.SGD(
         parameter_groups(model, optim.lr, optim.weight_decay, optim.pose_lr_mult),
         momentum=optim.momentum,
@@ -165,6 +171,12 @@ def _train(
             raise ConfigError(
                 f"{out / 'last.pt'}: is within an epoch of {tally.world} processes; go on with as many, not "
                 f"{team.world}"
+            )
+        before = {record.get("processes", 1) for record in history}
+        if before - {team.world} and len(history) < optim.epochs:
+            team.say(
+                f"epochs before this were trained by {', '.join(map(str, sorted(before)))} processes, now by "
+                f"{team.world}: not bit for bit what either would have given alone"
             )
         if team.main and history:  # what a process that was killed right after saving could not do
             _write(out / "history.json", json.dumps(history, indent=1))
@@ -217,7 +229,7 @@ def _train(
         lr = optim.lr * lr_scale_at(epoch, optim, history)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr / optim.lr
-        set_train_mode(model, optim)
+        model.train()
         number, step = tally.batches, Step(started=time.perf_counter(), waited=train_loader.waited)
         title = f"epoch {epoch + 1}/{optim.epochs}"
         with EpochBar(title, sum(totals), tally.seen, tally.waited, show=team.main) as bar:
@@ -241,7 +253,10 @@ def _train(
                     # a step with an infinite gradient is left out, and the scale halved; below 1 that is no cure
                     may_skip = scaler.is_enabled() and scaler.get_scale() >= 1
                     # where the CPU waits for a GPU (which it also does to copy clips), and a process for the others
-                    closed = _close(step, norm, keys=shards.keys, scaled=may_skip, stop=stop, due=due, team=team)
+                    waited = train_loader.waited - step.waited
+                    closed = _close(
+                        step, norm, keys=shards.keys, scaled=may_skip, stop=stop, due=due, waited=waited, team=team
+                    )
                     if closed.broken:
                         raise _not_finite(closed, title, lr, out, team)
                     scaler.step(optimizer)
@@ -250,8 +265,11 @@ def _train(
                     tally.batches, tally.seen = number, tally.seen + clips_in_step
                     tally.loss, tally.hits = tally.loss + closed.loss, tally.hits + closed.hits
                     tally.seconds += time.perf_counter() - step.started
-                    tally.waited += train_loader.waited - step.waited
+                    tally.waited += closed.waited
                     bar.close_step(tally.seen, tally.loss / tally.seen, 100 * tally.hits / tally.seen, tally.waited)
+                    if not history and tally.seen == clips_in_step:  # much above chance: weights that do not fit
+                        chance = math.log(config.model.num_classes)
+                        team.say(f"first step: loss {tally.loss / tally.seen:.3f}, of guessing {chance:.3f}")
                     if closed.due or closed.stop:
                         save(tally)
                     if closed.stop:
@@ -332,10 +350,19 @@ class Closed:
     norm: float
     stop: bool
     due: bool  # for a checkpoint
+    waited: float  # for the loader, seconds of the process that waited longest
 
 
 def _close(
-    step: Step, norm: Tensor, *, keys: list[str], scaled: bool, stop: threading.Event, due: bool, team: Processes
+    step: Step,
+    norm: Tensor,
+    *,
+    keys: list[str],
+    scaled: bool,
+    stop: threading.Event,
+    due: bool,
+    waited: float,
+    team: Processes,
 ) -> Closed:
     *losses, gradient = torch.stack([*(loss for _, loss, _ in step.parts), norm.float()]).tolist()
     hits = int(torch.stack([of for _, _, of in step.parts]).sum())
@@ -344,8 +371,8 @@ def _close(
     bad = [b for (b, _, _), loss in zip(step.parts, losses, strict=True) if not math.isfinite(loss)]
     named = [keys[row] for batch in bad for row in batch.rows.tolist()]
     everyone = [keys[row] for batch, _, _ in step.parts for row in batch.rows.tolist()] if broken else []
-    found = team.gather((sum(losses), hits, broken, named, everyone, stop.is_set(), due))
-    loss, hit, broke, clips, all_clips, stops, dues = zip(*found, strict=True)
+    found = team.gather((sum(losses), hits, broken, named, everyone, stop.is_set(), due, waited))
+    loss, hit, broke, clips, all_clips, stops, dues, waits = zip(*found, strict=True)
     return Closed(
         loss=sum(loss),
         hits=sum(hit),
@@ -354,6 +381,7 @@ def _close(
         norm=gradient,
         stop=any(stops),
         due=any(dues),
+        waited=max(waits),
     )
 
 
@@ -387,6 +415,8 @@ def evaluate_checkpoint(checkpoint: Path, shards_folder: Path, out: Path) -> dic
             world=team.world,
         )
         stack.enter_context(closing(loader))
+        if short_of := lacking(shards):
+            team.say(f"{shards.folder} lacks {short_of} videos of the dataset's lists: accuracies are of the others")
         predictions = predict(model.to(team.device), loader, shards.keys, team, config.precision)
         if not team.main:
             return metrics(predictions)
@@ -395,6 +425,7 @@ def evaluate_checkpoint(checkpoint: Path, shards_folder: Path, out: Path) -> dic
             split=config.data.split,
             shards=shards.digest,
             training=found["identity"],
+            lacking=lacking(shards),
         )
         return write_evaluation(predictions, shards.class_names, Path(out), source=source)
 
@@ -449,18 +480,14 @@ def lr_scale_at(epoch: int, optim: OptimConfig, history: list[dict[str, Any]]) -
     return 0.1**drops
 
 
-def set_train_mode(model: nn.Module, optim: OptimConfig) -> None:
-    """model.train(), with batch norm as `bn_mode` says; called every epoch, since train() resets what it finds."""
-    model.train()
+def set_bn_mode(model: PASNet, optim: OptimConfig) -> None:
+    """Batch norm as `bn_mode` says, whatever train() is called later: those that keep their statistics learn neither
+    scale nor shift."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if optim.bn_mode == "train":
-        return
     # the first that learns: style "I" has an appearance trunk that it does not run
-    first = next((norm for norm in norms if norm.weight.requires_grad), None) if optim.bn_mode == "partial" else None
-    for norm in norms:
-        if norm is not first:
-            norm.eval()
-            norm.requires_grad_(False)
+    first = next((norm for norm in norms if norm.weight.requires_grad), None)
+    still = {"train": [], "partial": [norm for norm in norms if norm is not first], "frozen": norms}[optim.bn_mode]
+    model.keep_still(still)
 
 
 @contextmanager

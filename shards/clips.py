@@ -101,8 +101,8 @@ class Clips:
             view = self.look(*self.shards.frame_size, rng=rng)
             cut = view if self.crop else View(0, 0, *self.shards.frame_size)
             frames = self.shards.read_clip(row, indices, cut, self.size, colour=self.colour, out=out)
-        except ShardError:
-            raise  # it names the key
+        except (ShardError, ModuleNotFoundError):
+            raise  # the one names the key, the other is no matter of this clip
         except Exception as error:  # in a loader's worker only the message survives
             raise ShardError(f"{key} (row {row}, epoch {epoch}): {type(error).__name__}: {error}") from error
         return Clip(key, frames, int(self.shards.labels[row]), indices, view)

@@ -11,7 +11,7 @@ import pytest
 
 from pasnet import ordering
 from pasnet.data import open_shards
-from pasnet.ordering import comparisons, said
+from pasnet.ordering import cells, comparisons, said
 from pasnet.predictions import Predictions
 from pasnet.report import results_page
 
@@ -52,6 +52,19 @@ def test_a_pair_is_compared_video_by_video(tmp_path: Path) -> None:
     assert (pair["splits"], pair["seeds"]) == ([1], [0, 1, 2])
     # all seeds differ by 0.05, so what is left is the variance over videos, 0.05 (1 - 0.05) / 200 and a little less
     assert pair["low"] == pytest.approx(5 - 1.97 * 1.5, abs=0.2) and pair["high"] == pytest.approx(10 - pair["low"])
+
+
+def test_numbers_of_two_protocols_are_marked(tmp_path: Path) -> None:
+    rows = [run(tmp_path, "A", 90, share(180), paper_protocol="mean"), run(tmp_path, "B", 80, share(20))]
+    rows += [run(tmp_path, "C", 70, share(10))]
+    found = comparisons(rows)
+    assert [(of["higher"]["title"], of["lower"]["title"], of["mixed"]) for of in found] == [
+        ("A", "B", True),
+        ("A", "C", True),
+        ("B", "C", False),
+    ]
+    assert any("In 2 pairs the paper's two numbers are likely of two protocols" in line for line in said(found))
+    assert [row[2] for row in cells(found)] == ["+20.00 *", "+10.00 *", "+10.00"]
 
 
 def test_one_seed_is_not_judged(tmp_path: Path) -> None:

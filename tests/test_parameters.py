@@ -11,6 +11,7 @@ import yaml
 
 from flows.parameters import Parameters, ParametersError, check
 from flows.reproduce import pasnet
+from pasnet.config import ConfigError
 from pasnet.experiments import PRESETS, QUESTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +65,11 @@ def test_what_will_be_fetched_need_not_be_there(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "own").mkdir()
     asked = check({"data": ["data/ucf101", "own"], "fetch": True, "pose_weights": "pose"})
     assert asked.datasets_to_fetch == ["data/ucf101"] and asked.weights_to_fetch == ["pose"]
-    assert asked.planned().pose_weights == ""  # not there yet, so a plan does without
+    assert asked.planned().pose_weights == "weights/body_pose_model.pth"  # not there yet, but the run will have it
+    with pytest.raises(ConfigError, match="no such weights file"):
+        asked.study()
+    with pytest.raises(ParametersError, match=r"nowhere\.pth: no such weights file"):
+        check({"data": ["own"], "fetch": True, "pose_weights": "nowhere.pth"})
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "body_pose_model.pth").write_bytes(b"")
     assert asked.study().pose_weights == asked.planned().pose_weights == "weights/body_pose_model.pth"

@@ -20,11 +20,20 @@ from pasnet.cli import main
 from pasnet.config import ModelConfig
 from pasnet.confusion import draw
 from pasnet.experiments import PRESETS
-from pasnet.figures import best_pasnet, comparable, figure_2, figure_3, heat_maps, ours_of, pictures_of_table, row_bars
+from pasnet.figures import (
+    comparable,
+    figure_2,
+    figure_3,
+    heat_maps,
+    ours_of,
+    pasnet_of_figure_3,
+    pictures_of_table,
+    row_bars,
+)
 from pasnet.page import html_page
 from pasnet.predictions import ClassResult
 from pasnet.report import remarks, results_page
-from pasnet.results import _with_earlier, collect, finish
+from pasnet.results import _request, _with_earlier, collect, finish
 from pasnet.study import Job, Shards, Study, jobs
 from pasnet.tracking import TrackingError
 
@@ -297,8 +306,10 @@ def test_the_best_pasnet_is_one_network_with_a_pose() -> None:
 
     best = record("Conv(A,I)", 80.0)
     records = [record("A", 95.0), record("I", 99.0, 5), record("I", 98.0, status="failed"), best, record("I", 70.0)]
-    assert best_pasnet(records) is best
-    assert best_pasnet([record("A", 95.0)]) is None
+    assert pasnet_of_figure_3(records) is best
+    assert pasnet_of_figure_3([record("A", 95.0)]) is None
+    reads = record("A+E*A", 60.0)  # the last layer of its heat maps has been trained, too
+    assert pasnet_of_figure_3([*records, record("E*A", 50.0), reads]) is reads
 
 
 def test_a_study_ends_with_both_pages_and_report_makes_them_again(
@@ -368,6 +379,55 @@ def test_a_table_alone_leaves_the_others_on_the_page(tmp_path: Path) -> None:
         shutil.rmtree(folder)
     assert run(tables=("table-1",), fusions=("A",)) == [("table-1", "A"), ("table-2", "A")]
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_failed_row_stays_on_the_page(tmp_path: Path) -> None:
+    def run(*tables: str, broken: bool = False) -> None:
+        asked = Study(out=str(tmp_path), data=("x/ucf101",), tables=tables, fusions=("A", "Conv(A,I)"))
+        made = jobs(asked, UCF)
+        failures = {job.folder: "loss is nan" for job in made if broken and "conv" in job.folder}
+        for job in made:
+            if job.folder not in failures and not (Path(job.folder) / "done.json").is_file():
+                finished(job, 90.0)
+        finish(asked, UCF, collect(asked, UCF, made, failures), {}, "")
+
+    run("table-2", broken=True)
+    (tmp_path / "trainings" / "more").mkdir()
+    run("table-1")
+    found = json.loads((tmp_path / "results.json").read_text("utf-8"))["results"]
+    assert [r["reason"] for r in found if r["status"] == "failed"] == [
+        f"loss is nan (logs in {r['trainings'][0]})" for r in found if r["status"] == "failed"
+    ] and len([r for r in found if r["status"] == "failed"]) == 1
+    run("table-2")
+    found = json.loads((tmp_path / "results.json").read_text("utf-8"))["results"]
+    assert all(r["status"] == "done" for r in found)
+
+
+def test_other_weights_under_the_same_name_are_another_study(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"one")
+    asked = Study(out=str(tmp_path), data=("x/ucf101",), eco_weights=str(weights))
+    before = _request(asked)
+    assert _request(asked) == before
+    weights.write_bytes(b"another")
+    assert _request(asked) != before
+
+
+def test_what_batch_norm_sees_is_said_where_it_differs(tmp_path: Path) -> None:
+    page = results_page([content_of(Study(out=str(tmp_path), tables=("figure-2",)))])
+    said = "16 (others at K = 8); 8 (others at K = 16); 4 (others at K = 24, others at K = 32); 2 (others at K = 48)"
+    assert f"Clips that batch norm sees at a time, by what fits a card: {said}." in page
+    assert "batch norm sees" not in results_page([content_of(Study(out=str(tmp_path / "b"), tables=("table-2",)))])
+
+
+def test_a_preset_says_how_its_values_came_about(tmp_path: Path) -> None:
+    study = Study(out=str(tmp_path), preset="science", data=("x/ucf101",), pretrain="none")
+    made = jobs(study, UCF)
+    for job in made:
+        finished(job, 50.0)
+    finish(study, UCF, collect(study, UCF, made, {}), {}, "")
+    for name in ("RESULTS.md", "report.html"):
+        assert "settled after runs on the same videos and test lists" in (tmp_path / name).read_text("utf-8")
 
 
 def test_budgets_and_hours_are_said(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from pasnet.data import ClipDataset, Loader, open_shards, rgb_of_planes, train_v
 from pasnet.distributed import Processes
 from pasnet.evaluate import EvaluationError, Predictions, autocast, ensemble, metrics, predict
 from pasnet.models.pasnet import build
-from pasnet.train import TrainingError, describe, evaluate_checkpoint, lr_scale_at, set_train_mode, train
+from pasnet.train import TrainingError, describe, evaluate_checkpoint, lr_scale_at, set_bn_mode, train
 from pasnet.weights import WeightsError
 from shards import centre
 
@@ -415,9 +415,69 @@ class TestLoop:
                 with pytest.raises(
                     WeightsError, match=f"trained on {theirs}, whose training videos include some of {ours}'s"
                 ):
-                    read_pretrained(path, shards)
+                    read_pretrained(path, shards, 1)
             else:
-                assert read_pretrained(path, shards)
+                with_names = found["data"]["train_videos"]
+                other = with_names if theirs != ours else with_names + 1  # of one name, but other videos
+                data = {**found["data"], "dataset": theirs, "digest": "another", "train_videos": other}
+                torch.save({**found, "data": data}, path)
+                assert read_pretrained(path, shards, 1)
+
+    def test_no_training_video_of_a_set_packed_anew_is_a_test_video(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of any set, not the official ones alone: split 2's training list holds split 1's test videos."""
+        train(replace(config, {"optim.epochs": 1, "data.split": 2}), tmp_path / "one")
+        path = tmp_path / "one" / "last.pt"
+        found = torch.load(path, weights_only=True)
+        torch.save({**found, "data": {**found["data"], "digest": "packed otherwise"}}, path)
+        shards = open_shards(Path(config.data.shards))
+        with pytest.raises(WeightsError, match=r"trained on synthetic, too, and on 3 of the 3 test videos of split 1"):
+            read_pretrained(path, shards, 1)
+        assert read_pretrained(path, shards, 2)
+
+    def test_what_is_left_of_a_run_that_was_removed_is_not_believed(self, config: TrainConfig, tmp_path: Path) -> None:
+        train(replace(config, {"optim.epochs": 1}), tmp_path)
+        (tmp_path / "last.pt").unlink()
+
+        def stop(record: dict[str, Any]) -> None:
+            raise StopError
+
+        with pytest.raises(StopError):
+            train(config, tmp_path, stop)
+        assert not (tmp_path / "done.json").exists()
+
+    def test_shards_that_lack_videos_say_so(
+        self, config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = shutil.copytree(config.data.shards, tmp_path / "shards")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["listed_but_missing"] == 0
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "listed_but_missing": 2, "failed": 1}))
+        one = replace(config, {"optim.epochs": 1, "data.shards": str(folder)})
+        train(one, tmp_path / "run")
+        said = f"{folder} lacks 3 videos of the dataset's lists: accuracies are of the others"
+        assert said in capsys.readouterr().out
+        evaluate_checkpoint(tmp_path / "run" / "last.pt", folder, tmp_path / "evaluation")
+        assert said in capsys.readouterr().out
+        made = Predictions.load(tmp_path / "evaluation" / "predictions.parquet")
+        assert made.source is not None and made.source.lacking == 3
+
+    def test_the_number_of_processes_is_said_when_it_changes(
+        self, config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def stop(record: dict[str, Any]) -> None:
+            raise StopError
+
+        with pytest.raises(StopError):
+            train(config, tmp_path, stop)
+        path = tmp_path / "last.pt"
+        found = torch.load(path, weights_only=True)
+        found["history"][0]["processes"] = 4
+        torch.save(found, path)
+        capsys.readouterr()
+        assert train(config, tmp_path)["processes"] == "4; 1"
+        assert "epochs before this were trained by 4 processes, now by 1: not bit for bit" in capsys.readouterr().out
 
     def test_an_evaluation_that_is_killed_costs_no_training(self, config: TrainConfig, tmp_path: Path) -> None:
         """The first one, of which nobody knows how long it takes, and any that could outlast the interval."""
@@ -477,8 +537,18 @@ class TestLoop:
 
     def test_a_folder_of_another_run_is_refused(self, config: TrainConfig, tmp_path: Path) -> None:
         train(replace(config, {"optim.epochs": 1}), tmp_path)
+        others = {
+            "optim.epochs": 1,
+            "optim.lr": 0.5,
+            "data.workers": 1,
+            "checkpoint_minutes": 3,
+        }  # the last two are free
         with pytest.raises(ConfigError, match=r"is a run with other settings \(optim.lr 0.01, now 0.5\); give another"):
-            train(replace(config, {"optim.epochs": 1, "optim.lr": 0.5}), tmp_path)
+            train(replace(config, others), tmp_path)
+        found = torch.load(tmp_path / "last.pt", weights_only=True)
+        torch.save({**found, "numerics": 1, "identity": "of before"}, tmp_path / "last.pt")
+        with pytest.raises(ConfigError, match=r"other settings \(another version of the training\); give another"):
+            train(replace(config, {"optim.epochs": 1}), tmp_path)
 
     def test_short_videos_are_said(
         self, config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -591,8 +661,10 @@ class TestLoop:
     @pytest.mark.parametrize("style", ["A", "I"])
     def test_batch_norm_modes(self, config: TrainConfig, mode: str, moving: int, style: str) -> None:
         model = build(replace(config, {"model.fusion.style": style}).model)
-        for _ in range(2):  # every epoch anew
-            set_train_mode(model, replace(config, {"optim.bn_mode": mode}).optim)
+        set_bn_mode(model, replace(config, {"optim.bn_mode": mode}).optim)
+        for learning in (True, False, True):  # an evaluation between two epochs
+            model.train(learning)
+            assert model.head.training == learning
         runs = [model.temporal] if style == "I" else [model.appearance, model.temporal]  # "I" has A's trunk, unused
         kinds = torch.nn.BatchNorm2d | torch.nn.BatchNorm3d
         norms = [module for part in runs for module in part.modules() if isinstance(module, kinds)]

@@ -19,7 +19,8 @@ weights expect BGR / 256 - 0.5, so each trunk here gets the scaling that it was 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,21 @@ class PASNet(nn.Module):
         init_weights(self.head)
         mean = torch.tensor(config.appearance_mean).view(3, 1, 1)
         self.register_buffer("appearance_mean", mean, persistent=False)
+        self._still: tuple[nn.Module, ...] = ()
+
+    def keep_still(self, modules: Iterable[nn.Module]) -> None:
+        """These stay as in evaluation and learn nothing, also after train(): batch norm that keeps its statistics."""
+        self._still = tuple(modules)
+        for module in self._still:
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As nn.Module's, but for what is kept still."""
+        super().train(mode)
+        for module in self._still:
+            module.eval()
+        return self
 
     def appearance_input(self, bgr: Tensor) -> Tensor:
         """What ECO's weights expect: 0..255 minus the mean."""
