@@ -300,7 +300,9 @@ def missed_in_building(of: Sequence[Result]) -> Iterator[str]:
             f"{by_machine(of, lambda r: one(r, per_frame, X264).get('cpu_ms_per_frame'))} ms of CPU a frame, less than",
             "the note has that the bound was taken from. Against the fast decoder the ratio is",
             f"{by_machine(of, lambda r: measured(r, X264, 'the fast decoder'))}, against the default decoder",
-            f"{by_machine(of, lambda r: measured(r, X264, 'the default decoder'))}.",
+            f"{by_machine(of, lambda r: measured(r, X264, 'the default decoder'))}. In the note, 7.7 to 8.9 ms are 3.2",
+            "times the 2.4 to 2.8 ms of ffmpeg to RGB and Pillow: 8x less is 0.40x of those, the bound of the fast",
+            "decoder, and the default decoder's own, 0.65x, is 4.9x less.",
             first="- ",
         )
 
