@@ -176,6 +176,6 @@ def test_the_loops_share_is_of_its_steps(shard_folder: Path, tmp_path: Path, mon
     assert 0 < found["share_outside_forward_and_backward"] < 1 and found["share_beside_the_network"] > 0.99
     assert len(found["shares_of_epochs"]) == train_loop.STARTING + 1
     slow = training._close
-    monkeypatch.setattr(training, "_close", lambda *a, **named: time.sleep(0.2) or slow(*a, **named))
+    monkeypatch.setattr(training, "_close", lambda *a, **named: time.sleep(0.5) or slow(*a, **named))
     longer = train_loop.measure(config, clips, device, tmp_path / "longer")
-    assert longer["share_outside_forward_and_backward"] > found["share_outside_forward_and_backward"]
+    assert longer["share_outside_forward_and_backward"] > 0.5  # passes of milliseconds, also on a busy machine
