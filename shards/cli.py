@@ -253,23 +253,24 @@ def _video_progress(total: int) -> Iterator[Any]:
     from rich.progress import Progress as Bar
 
     began = time.monotonic()
-    done, frames, size, said, lock = 0, 0, 0, began, threading.Lock()
+    done, new, frames, size, said, lock = 0, 0, 0, 0, began, threading.Lock()
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"), TimeRemainingColumn())
     with Bar(*columns, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("videos", total=total, rates="")
 
         def report(progress: Progress) -> None:
-            nonlocal done, frames, size, said
+            nonlocal done, new, frames, size, said
             with lock:  # called from every worker's thread
-                done, frames, size = done + 1, frames + progress.frames, size + progress.bytes
+                done, new = done + 1, new + (not progress.known)  # what was there before took no time
+                frames, size = frames + progress.frames, size + progress.bytes
             now = time.monotonic()
             spent = max(now - began, 1e-6)
-            rates = f"{done / spent:.1f} videos/s, {frames / spent:.0f} frames/s, {size / spent / 1e6:.1f} MB/s"
+            rates = f"{new / spent:.1f} videos/s, {frames / spent:.0f} frames/s, {size / spent / 1e6:.1f} MB/s"
             bar.update(task, advance=1, rates=rates)
             if not sys.stderr.isatty() and now - said > 30:
                 said = now
-                left = (total - done) * spent / done
-                print(f"{done}/{total} videos, {rates}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
+                left = f"{(total - done) * spent / new / 60:.0f} min left" if new else "time left not known yet"
+                print(f"{done}/{total} videos, {rates}, {left}", file=sys.stderr, flush=True)
 
         yield report
 

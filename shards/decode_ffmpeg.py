@@ -24,6 +24,7 @@ import numpy as np
 from shards.decode import DecodeError, DecoderStoppedError, DecodeSettings, Planes, SourceInfo
 
 STOPPING = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # a crash has other numbers
+STOPPED = re.compile(r"^(\[\w+\] )*Exiting normally, received signal \d", re.M)  # no title: those are indented
 MAX_WORDS = 1 << 16  # bytes of what ffmpeg says that are kept; a damaged file can make it say megabytes
 PIPE = 1 << 20  # bytes; what an unprivileged process may ask for
 MAX_ADDRESS_SPACE = 8 << 30  # bytes; an ffmpeg that wants more is decoding a file made to exhaust memory
@@ -124,7 +125,7 @@ class FFmpegDecoder:
             words = _without_addresses(words_file.read(MAX_WORDS).decode("utf-8", "replace"))
         if overran.is_set():
             raise DecodeError(self.video, f"took longer than {self.settings.timeout:g} s", words)
-        if -code in STOPPING or "received signal" in words:
+        if -code in STOPPING or (code == 255 and re.search(STOPPED, words)):
             raise DecoderStoppedError(
                 f"{self.video}: ffmpeg was stopped (signal {-code if code < 0 else 'from outside'}); if the machine is "
                 f"short of memory use fewer --workers, then start again"

@@ -71,14 +71,16 @@ class PyAVDecoder:
                     raise DecodeError(self.video, f"took longer than {self.settings.timeout:g} s")
                 try:
                     packet = next(demuxer)
+                    if not packet.size:  # damage, or demux()'s own last word: the decoder would take it for the end
+                        continue
                 except StopIteration:
-                    break
+                    packet = None
                 except av.error.FFmpegError as error:  # a container that breaks off: what came before it counts
                     complaints[_words(error)] += 1
                     packet = None
-                packets += 1
+                packets += packet is not None
                 try:
-                    frames = context.decode(packet)  # None drains the decoder, as the last packet of demux() does
+                    frames = context.decode(packet)  # None drains the decoder
                 except av.error.FFmpegError as error:
                     complaints[_words(error)] += 1
                     faults += 1

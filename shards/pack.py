@@ -57,6 +57,7 @@ class Progress:
     video: Video
     frames: int
     bytes: int
+    known: bool = False  # it lies in a shard that was there already
 
 
 OnVideo = Callable[[Progress], None]
@@ -162,11 +163,22 @@ def check_owner(dataset: Dataset, out: Path) -> None:
             raise BuildError(
                 f"{path}: was made by no build that {out / 'parts'} knows of; move it, or choose another --out"
             )
-    if notes and (notes["dataset"], notes["class_names"]) != (dataset.name, list(dataset.class_names)):
-        raise BuildError(
-            f"{out}: holds the shards of {notes['dataset']} with {len(notes['class_names'])} classes, from "
-            f"{notes['videos']}; choose another --out, or delete that folder first"
-        )
+    made_from = f", from {notes['videos']}" if notes else ""
+    for known in (notes, _manifest_of(out)):  # either may be damaged, or not be there yet
+        if known and (known["dataset"], known["class_names"]) != (dataset.name, list(dataset.class_names)):
+            raise BuildError(
+                f"{out}: holds the shards of {known['dataset']} with {len(known['class_names'])} classes{made_from}; "
+                "choose another --out, or delete that folder first"
+            )
+
+
+def _manifest_of(out: Path) -> dict[str, Any]:
+    """A finished folder's manifest, {} where there is none or it is damaged."""
+    try:
+        manifest = json.loads((out / "manifest.json").read_text("utf-8"))
+        return manifest if {"dataset", "class_names"} <= manifest.keys() else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def write_notes(
@@ -248,7 +260,7 @@ def build_shard(
         "sha256": digest,
         "records": records,
         "failures": failed,
-        "sources": {video.key: [video.path.stat().st_mtime_ns, _sha256(video.path)] for video in shard.videos},
+        "sources": {video.key: [_time_of(video.path), _sha256(video.path)] for video in shard.videos},
     }
     part["check"] = _check_sum(part)
     # they describe the old shard; `finish` writes them anew. The part first: with it gone the tar is unfinished
@@ -262,7 +274,8 @@ def build_shard(
 def finished_part(shard: ShardPlan, out: Path) -> dict[str, Any] | None:
     """The part file of a shard that is complete for this very plan, else None.
 
-    Compares the plan's digest, the tar's size and the videos (those whose time stamp is another are hashed); rehashing
+    Compares the plan's digest, the tar's size and the videos (their names; those whose time stamp is another are
+    hashed, and one that cannot be read is one that could not be read before); rehashing
     tens of gigabytes of tars at every start would cost minutes, and is what `verify` is for.
     """
     part = read_part(shard.name, out)
@@ -271,9 +284,12 @@ def finished_part(shard: ShardPlan, out: Path) -> dict[str, Any] | None:
     tar = Path(out) / shard.name
     if not tar.is_file() or tar.stat().st_size != part["bytes"]:
         return None
+    names = {record["key"]: record["video"] for record in part["records"]}
     for video in shard.videos:
         changed, sha256 = part["sources"][video.key]
-        if video.path.stat().st_mtime_ns != changed and _sha256(video.path) != sha256:
+        if _time_of(video.path) != changed and _sha256(video.path) != sha256:
+            return None
+        if names.get(video.key, _name_of(video)) != _name_of(video):  # the same content under another suffix
             return None
     return part
 
@@ -293,8 +309,24 @@ def _check_sum(part: dict[str, Any]) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of a video's bytes; "" where it cannot be read: the decoder has said so, of that video alone."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def _time_of(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _name_of(video: Video) -> str:
+    """As in the index: class folder and file."""
+    return f"{video.path.parent.name}/{video.path.name}"
 
 
 def finish(
@@ -399,7 +431,7 @@ def _write_tar(
     # would import torch (a second, 200 MB a process) for what are two members.
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for video in shard.videos:
-            name = f"{video.path.parent.name}/{video.path.name}"
+            name = _name_of(video)
             try:
                 decoded = decode_video(video.path, settings)
             except DecodeError as error:

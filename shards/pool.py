@@ -77,7 +77,7 @@ def build(
                 todo.append(shard)
             elif on_video:
                 for video in shard.videos:
-                    on_video(Progress(video=video, frames=0, bytes=0))
+                    on_video(Progress(video=video, frames=0, bytes=0, known=True))
         check_space(dataset, settings, out, len(todo) / len(plans))
         build_shards(todo, out, settings, workers=workers, on_video=on_video)
         return finish(dataset, plans, out, settings, max_failed=max_failed)

@@ -75,6 +75,8 @@ def verify(
             fault(f"label {row['label']} is not its class {row['class_name']!r} in manifest.json", row["key"])
     if sum(bool(row["decode_errors"]) for row in rows) != manifest["decoded_with_errors"]:
         fault("index.parquet and manifest.json count the videos with decode errors differently")
+    for told in _against_the_notes(folder, manifest):
+        fault(told)
     listed = {shard["shard"]: shard for shard in manifest["shards"]}
     by_shard: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in listed}
     for row in rows:
@@ -87,6 +89,9 @@ def verify(
             problems.append(
                 Problem(shard=path.name, key="", reason="no part of this folder's manifest; move it elsewhere")
             )
+    for name, shard in listed.items():
+        if shard["videos"] != len(by_shard[name]):
+            fault(f"manifest.json says that {name} holds {shard['videos']} videos, index.parquet {len(by_shard[name])}")
     frame = (manifest["decode"]["height"], manifest["decode"]["width"])
 
     def check(name: str) -> list[Problem]:
@@ -135,14 +140,29 @@ def _read(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | N
     return manifest, rows, problems
 
 
+def _against_the_notes(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
+    """What the manifest and the failure table say otherwise than the builder's notes, as far as those are there."""
+    notes = read_notes(folder)
+    if notes and [notes["dataset"], notes["class_names"]] != [manifest["dataset"], manifest["class_names"]]:
+        yield "manifest.json names another dataset, or other classes, than parts/build.json"
+    parts = [read_part(shard["shard"], folder) for shard in manifest["shards"]]
+    if all(part is not None for part in parts):
+        ours = sorted((row for part in parts if part for row in part["failures"]), key=lambda row: row["video"])
+        with contextlib.suppress(Exception):  # one that cannot be read is named already
+            if ours != pq.read_table(folder / "failures.parquet").to_pylist():
+                yield "failures.parquet is not what the parts say"
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
     if manifest["format"] != FORMAT_VERSION:
         raise ValueError(f"format {manifest['format']}, this version verifies {FORMAT_VERSION}")
+    str(manifest["dataset"])
     for name in ("videos", "frames", "failed", "decoded_with_errors"):
         int(manifest[name])
     for shard in manifest["shards"]:
-        if not is_shard(shard["shard"]) or not isinstance(shard["bytes"], int) or not isinstance(shard["sha256"], str):
+        kinds = {"bytes": int, "videos": int, "sha256": str}
+        if not is_shard(shard["shard"]) or not all(isinstance(shard[name], kind) for name, kind in kinds.items()):
             raise ValueError(f"its entry {shard!r} names no shard")
     manifest["digest"], manifest["subsets"], manifest["class_names"][0]
     manifest["decode"]["height"], manifest["decode"]["width"]

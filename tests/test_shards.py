@@ -53,7 +53,7 @@ from shards import (
 from shards.decode import DecoderStoppedError, decoder_version, open_video
 from shards.decode_ffmpeg import ffmpeg_exe, passthrough
 from shards.format import FAILURES_SCHEMA, INDEX_SCHEMA
-from shards.pack import Progress, estimate_bytes, write_parquet
+from shards.pack import Progress, estimate_bytes, failures, write_parquet
 from shards.read import split_frames
 
 SETTINGS = DecodeSettings()
@@ -246,6 +246,19 @@ class TestDecode:
         video.write_bytes(video.read_bytes()[: video.stat().st_size * 6 // 10])
         decoded = decode_video(video, settings)
         assert 20 < len(decoded.jpegs) < 50 and "the file is cut" in decoded.source.errors
+
+    def test_an_empty_packet_is_not_the_end(self, tmp_path: Path, settings: DecodeSettings) -> None:
+        video = make_video(tmp_path / "a.mp4", 12, encoder=("-c:v", "mjpeg"))
+        content = bytearray(video.read_bytes())
+        table = content.index(b"stsz")  # the sizes of all packets
+        content[table + 16 + 4 * 5 : table + 20 + 4 * 5] = bytes(4)
+        video.write_bytes(bytes(content))
+        decoded = decode_video(video, settings)
+        assert len(decoded.jpegs) == 11
+
+    def test_a_title_is_no_signal(self, tmp_path: Path, settings: DecodeSettings) -> None:
+        title = ("-metadata", "title=Exiting normally, received signal 15", "-c:v", "mpeg4")
+        assert len(decode_video(make_video(tmp_path / "a.mkv", 7, encoder=title), settings).jpegs) == 7
 
     def test_what_is_on_record_is_the_stream_and_not_a_title(self, tmp_path: Path, settings: DecodeSettings) -> None:
         title = ("-metadata", "title=Stream #0:0: Video: foo, 99x99, 7 fps", "-c:v", "mpeg4")
@@ -457,6 +470,30 @@ class TestFormat:
         [failure] = shards.failures(tmp_path / "out")
         assert failure["video"] == f"{victim.parent.name}/{victim.name}" and "Invalid data" in failure["reason"]
         assert len(open_shards(tmp_path / "out")) == 11
+
+    @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="wants Linux")
+    def test_a_video_that_cannot_be_read_is_one_that_failed(self, videos: Path, tmp_path: Path) -> None:
+        data = Path(shutil.copytree(videos / "videos", tmp_path / "videos"))
+        bad = sorted(data.rglob("*.avi"))[0].with_name("bad.avi")
+        bad.symlink_to("/proc/self/mem")  # as from a disk with a bad sector: it is there, and reading it is an error
+        for _ in range(2):  # the second finds all of it done
+            manifest = build(scan("folder", data), tmp_path / "out", num_shards=2)
+            assert (manifest["videos"], manifest["failed"]) == (12, 1)
+            made = digest_of(tmp_path / "out")
+        assert [row["video"] for row in failures(tmp_path / "out")] == [f"{bad.parent.name}/bad.avi"]
+        known: list[bool] = []
+        build(scan("folder", data), tmp_path / "out", num_shards=2, on_video=lambda of: known.append(of.known))
+        assert known == [True] * 13 and digest_of(tmp_path / "out") == made
+
+    def test_a_video_under_another_suffix_is_another_name(self, videos: Path, tmp_path: Path) -> None:
+        data = Path(shutil.copytree(videos / "videos", tmp_path / "videos"))
+        build(scan("folder", data), tmp_path / "out", num_shards=2)
+        first = sorted(data.rglob("*.avi"))[0]
+        first.rename(first.with_suffix(".mkv"))
+        build(scan("folder", data), tmp_path / "out", num_shards=2)
+        build(scan("folder", data), tmp_path / "anew", num_shards=2)
+        assert f"{first.parent.name}/{first.stem}.mkv" in {row["video"] for row in index_of(tmp_path / "out")}
+        assert digest_of(tmp_path / "out") == digest_of(tmp_path / "anew")
 
     def test_too_many_damaged_videos_stop_the_build(self, videos: Path, tmp_path: Path) -> None:
         data = shutil.copytree(videos, tmp_path / "data")
@@ -780,12 +817,25 @@ class TestVerifyAndRepair:
             {"decode": {**whole["decode"], "quality": 50}},
             {"videos": 11},
             {"decoded_with_errors": 1},
+            {"dataset": "another"},
+            {"shards": [{**shard, "videos": shard["videos"] + 1} for shard in whole["shards"]]},
         ]
         for change in changes:
             path.write_text(json.dumps(whole | change))
             assert verify(folder), change
         repair(folder)
         assert json.loads(path.read_text()) == whole
+
+    def test_a_failure_table_that_was_changed(self, videos: Path, tmp_path: Path) -> None:
+        data = Path(shutil.copytree(videos, tmp_path / "data"))
+        sorted((data / "videos").rglob("*.avi"))[0].write_bytes(b"damaged")
+        build(scan(*find_dataset(data)), tmp_path / "out")
+        before, rows = digest_of(tmp_path / "out"), failures(tmp_path / "out")
+        write_parquet(tmp_path / "out" / "failures.parquet", [{**rows[0], "reason": "none"}], FAILURES_SCHEMA)
+        assert [problem.reason for problem in verify(tmp_path / "out")] == [
+            "failures.parquet is not what the parts say"
+        ]
+        assert repair(tmp_path / "out")[1] == [] and digest_of(tmp_path / "out") == before
 
     def test_a_damaged_part_is_built_again(self, folder: Path, videos: Path, shard_folder: Path) -> None:
         for path, harm in zip(
@@ -841,8 +891,11 @@ class TestNothingOfOthers:
         other = tmp_path / "mine" / "c"
         other.mkdir(parents=True)
         shutil.copy(sorted((videos / "videos").rglob("*.avi"))[0], other)
-        with pytest.raises(BuildError, match="holds the shards of synthetic with 3 classes"):
-            build(scan("folder", other.parent), copy)
+        for damaged in (False, True):  # then the manifest knows
+            if damaged:
+                (copy / "parts" / "build.json").write_text("{")
+            with pytest.raises(BuildError, match="holds the shards of synthetic with 3 classes"):
+                build(scan("folder", other.parent), copy)
         assert digest_of(copy) == digest_of(shard_folder)
 
     def test_a_source_replaced_by_one_of_the_same_size(self, videos: Path, tmp_path: Path) -> None:
