@@ -698,7 +698,7 @@ def _record(
         "commit": result["commit"],
         **{name: str(result[name]) for name in ("table", "title", "strategy", "dataset", "split", "seed")},
         "paper_top1": str(result["paper_top1"]),
-        "paper_top5": str(result["paper_top5"]),
+        "paper_top5": str(result.get("paper_top5")),  # results.json of before may have none
         "paper_protocol": result.get("paper_protocol", ""),
         "protocol": f"split {result['split']}",  # the mean over splits is the parent's
         "shards.digest": result["shard_digest"],
