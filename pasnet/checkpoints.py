@@ -25,6 +25,7 @@ from pasnet.models.pasnet import PASNet, build
 # Part of every run's identity. Raise it when a change to networks, data or training changes what comes out, so that
 # finished runs are not taken for new ones.
 NUMERICS = 3
+FREE = ("data.shards", "data.workers", "checkpoint_minutes", "optim.checkpoint_pose")  # of which it is no part
 # Datasets that have videos in common: an official one with itself, packed twice, and J-HMDB with what it is part of.
 SHARED_VIDEOS = ({"ucf101"}, {"hmdb51", "jhmdb"})
 
@@ -33,10 +34,6 @@ def run_digest(config: TrainConfig, shard_digest: str, parent_digest: str) -> st
     """The identity of a training: everything in its config that decides its result, and nothing that does not (paths,
     workers, how often it is saved). The machine is no part of it, nor how many processes share the work, although
     batch norm and dropout know that: both are on record."""
-    return digest([NUMERICS, _decisive(config, shard_digest, parent_digest)])
-
-
-def _decisive(config: TrainConfig, shard_digest: str, parent_digest: str) -> dict[str, Any]:
     values = to_dict(config)
     values["data"] |= {"shards": shard_digest, "workers": None}
     if config.data.sampling == "segment":  # so that runs of before there was a choice keep their names
@@ -46,7 +43,7 @@ def _decisive(config: TrainConfig, shard_digest: str, parent_digest: str) -> dic
         values["init"][name] = _content_of(values["init"][name])
     del values["checkpoint_minutes"]
     del values["optim"]["checkpoint_pose"]  # memory, not numbers
-    return values
+    return digest([NUMERICS, values])
 
 
 def identity_of(parent: str) -> str:
@@ -179,9 +176,8 @@ def resume(path: Path, config: TrainConfig, shards: ShardSet, identity: str) -> 
     checkpoint = read_own_checkpoint(path, config, shards, finished=False)
     if checkpoint["identity"] != identity:
         theirs, ours = flatten(checkpoint["config"]), flatten(json.loads(json.dumps(to_dict(config))))
-        decisive = flatten(_decisive(config, "", "")).keys() - {"data.shards", "data.workers"}
-        differ = [f"{name} {theirs.get(name)}, now {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
-        differ = [said for said in differ if said.split()[0] in decisive]
+        names = [name for name in ours if name not in FREE and theirs.get(name) != ours[name]]
+        differ = [f"{name} {theirs.get(name)}, now {ours[name]}" for name in names]
         other = checkpoint.get("numerics", 2) != NUMERICS  # those of before it was written down
         why = "another version of the training" if other else "; ".join(differ[:5]) or "other weights to start from"
         raise ConfigError(f"{path}: is a run with other settings ({why}); give another folder")

@@ -502,7 +502,7 @@ def _parents(records: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, str
 
 
 def _figure_3(records: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
-    """Fig. 3 of the best PAS-Net row; {"reason": ...} where there is none."""
+    """Fig. 3 of the row that `pasnet_of_figure_3` chooses; {"reason": ...} where there is none."""
     from pasnet.figures import figure_3, pasnet_of_figure_3
 
     best = pasnet_of_figure_3(records)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from pasnet import checkpoints
 from pasnet.checkpoints import identity_of, load_initial, model_of, read_own_checkpoint, run_digest
 from pasnet.config import ConfigError, OptimConfig, TrainConfig, to_dict
-from pasnet.data import Batch, Loader, lacking, open_shards
+from pasnet.data import Batch, Loader, ShardSet, lacking, open_shards
 from pasnet.distributed import Processes, processes, without_averaging
 from pasnet.evaluate import Source, autocast, metrics, predict, set_precision, write_evaluation
 from pasnet.machine import hardware
@@ -122,8 +122,7 @@ def _train(
         return stack.enter_context(closing(made))
 
     train_loader, test_loader = loader("train"), loader("test")
-    if short_of := lacking(shards):
-        team.say(f"{shards.folder} lacks {short_of} videos of the dataset's lists: accuracies are of the others")
+    _say_what_is_lacking(shards, team)
     lengths = shards.num_frames[train_loader.rows]
     if (short := (lengths < config.data.num_segments).mean()) > 0.01:
         team.say(
@@ -415,8 +414,7 @@ def evaluate_checkpoint(checkpoint: Path, shards_folder: Path, out: Path) -> dic
             world=team.world,
         )
         stack.enter_context(closing(loader))
-        if short_of := lacking(shards):
-            team.say(f"{shards.folder} lacks {short_of} videos of the dataset's lists: accuracies are of the others")
+        _say_what_is_lacking(shards, team)
         predictions = predict(model.to(team.device), loader, shards.keys, team, config.precision)
         if not team.main:
             return metrics(predictions)
@@ -428,6 +426,11 @@ def evaluate_checkpoint(checkpoint: Path, shards_folder: Path, out: Path) -> dic
             lacking=lacking(shards),
         )
         return write_evaluation(predictions, shards.class_names, Path(out), source=source)
+
+
+def _say_what_is_lacking(shards: ShardSet, team: Processes) -> None:
+    if count := lacking(shards):
+        team.say(f"{shards.folder} lacks {count} videos of the dataset's lists: accuracies are of the others")
 
 
 def micro_batch(optim: OptimConfig, world: int) -> int:
