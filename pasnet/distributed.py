@@ -1,6 +1,7 @@
 """The processes of one training: a single one, or those that torchrun started (gloo on CPUs, NCCL on GPUs).
 
-Whatever a training asks of its fellow processes is here, and with one process each of it is a line that does nothing.
+Whatever a training asks of its fellow processes is here, and with one process each of it is a line that does nothing;
+so is how they are asked to stop.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +20,12 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pasnet.config import ConfigError
+
+
+class StoppedError(RuntimeError):
+    """A training or an evaluation that was asked to stop (SIGTERM) and has saved how far it came."""
+
+    exit_code = 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +102,17 @@ def processes() -> Iterator[Processes]:
 def without_averaging(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """For all but the last part of an accumulated step: gradients stay where they are."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, so that the loop can end where it has saved all that it did."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -6,23 +6,28 @@ Test protocol of the paper and of ECO: one clip per video, the centre frame of e
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from pasnet.config import digest
 from pasnet.data import Loader
-from pasnet.distributed import Processes
+from pasnet.distributed import Processes, StoppedError
 from pasnet.models.fast import for_evaluation
 from pasnet.predictions import (
+    VERSION,
     EvaluationError,
     Predictions,
     PredictionsError,
     Source,
     ensemble,
     metrics,
+    replacing,
     write_evaluation,
 )
 from pasnet.progress import ClipBar
@@ -32,6 +37,7 @@ __all__ = [
     "Predictions",
     "PredictionsError",
     "Source",
+    "Unfinished",
     "autocast",
     "ensemble",
     "metrics",
@@ -53,6 +59,73 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=kinds[precision]) if precision in kinds else contextlib.nullcontext()
 
 
+class Part(NamedTuple):
+    """What one batch gave: `probabilities` float32 (B, classes), on the network's device or the CPU; `labels` and
+    `rows` int64 (B,); `frames` int64 (B, K)."""
+
+    probabilities: Tensor
+    labels: Tensor
+    rows: Tensor
+    frames: Tensor
+
+
+class Unfinished:
+    """The batches of an evaluation under way, on disk, so that one that is killed goes on after them.
+
+    Each process keeps its own beside `path`, all after the same batch: whenever one of them is `due`, and when one is
+    asked to stop, which ends the evaluation. `identity` must name the weights and the clips; what is of another one, or
+    of another number of processes, is not taken up. `first` is called before anything is written: the weights must be
+    safe before what they gave is.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        identity: str,
+        *,
+        team: Processes,
+        stop: threading.Event,
+        due: Callable[[], bool],
+        first: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._path, self._team, self._stop, self._due, self._first = path, team, stop, due, first
+        self._mine = path.with_name(f"{path.name}.{team.rank}.pt")
+        self._identity = digest([identity, team.world, VERSION])
+
+    def found(self) -> list[Part]:
+        """The batches that all processes have; none is the usual case."""
+        parts = self._read()
+        return parts[: min(self._team.gather(len(parts)))]
+
+    def between(self, parts: Sequence[Part]) -> None:
+        """Between two batches: keeps those so far where it is time to. Raises StoppedError, in every process, when one
+        was asked to stop."""
+        stops, dues = zip(*self._team.gather((self._stop.is_set(), self._due())), strict=True)
+        if any(stops) or any(dues):
+            self._first()
+            self._write(parts)
+        if any(stops):
+            raise StoppedError("stopped in an evaluation, whose clips so far are kept; start again to go on")
+
+    def remove(self) -> None:
+        """Once what came of it is safe. By the main process, for all."""
+        if self._team.main:
+            for path in self._path.parent.glob(f"{self._path.name}.*.pt"):
+                path.unlink(missing_ok=True)
+
+    def _write(self, parts: Sequence[Part]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        columns = [tuple(column.cpu() for column in part) for part in parts]
+        with replacing(self._mine) as scratch:
+            torch.save({"identity": self._identity, "parts": columns}, scratch)
+
+    def _read(self) -> list[Part]:
+        if not self._mine.is_file():
+            return []
+        found = torch.load(self._mine, weights_only=True)
+        return [Part(*columns) for columns in found["parts"]] if found["identity"] == self._identity else []
+
+
 @torch.inference_mode()
 def predict(
     model: nn.Module,
@@ -60,31 +133,33 @@ def predict(
     keys: Sequence[str],
     team: Processes,
     precision: str,
-    interrupt: Callable[[], None] | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Predictions:
     """Class probabilities for every clip of a test loader, in index order, in every process of the team; leaves the
-    model in eval mode. `interrupt` is called between batches and may raise.
+    model in eval mode. Goes on after the batches that `unfinished` holds.
 
     Raises EvaluationError unless every video of the list was seen exactly once, over all processes, and gave finite
-    numbers.
+    numbers; and what `unfinished` raises.
     """
     model.eval()
     fast = for_evaluation(model, precision, len(loader.rows))
-    parts, totals = [], loader.totals()
-    with ClipBar("evaluation", sum(totals), show=team.main) as bar:
-        for number, batch in enumerate(loader.epoch(0)):
-            if interrupt:
-                interrupt()
+    parts, totals = unfinished.found() if unfinished else [], loader.totals()
+    if parts:
+        team.say(f"going on after {sum(totals[: len(parts)])} of {sum(totals)} clips of the evaluation")
+    with ClipBar("evaluation", sum(totals), sum(totals[: len(parts)]), show=team.main) as bar:
+        for batch in loader.epoch(0, start=len(parts)):
+            if unfinished:
+                unfinished.between(parts)
             clips = batch.clips.to(team.device, non_blocking=True)
             if fast is not None:
                 logits = fast(clips)
             else:
                 with autocast(team.device, precision):
                     logits = model(clips)
-            parts.append((logits.float().softmax(1), batch.labels.numpy(), batch.rows.numpy(), batch.frames.numpy()))
-            bar.show(sum(totals[: number + 1]))
-    mine = [(part[0].cpu().numpy(), *part[1:]) for part in parts]
-    everyone = [part for parts in team.gather(mine) for part in parts]
+            parts.append(Part(logits.float().softmax(1), batch.labels, batch.rows, batch.frames))
+            bar.show(sum(totals[: len(parts)]))
+    mine = Part(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+    everyone = team.gather(tuple(column.numpy() for column in mine))
     probabilities, labels, rows, frames = (np.concatenate(column) for column in zip(*everyone, strict=True))
     order = np.argsort(rows, kind="stable")
     probabilities, labels, rows, frames = (column[order] for column in (probabilities, labels, rows, frames))

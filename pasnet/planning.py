@@ -34,6 +34,7 @@ from pasnet.study import (
     pose_job,
     synth_config,
 )
+from pasnet.tracking import default_uri
 
 # Of the official lists: a study can be planned before 9 GB are downloaded.
 OFFICIAL: dict[str, tuple[int, int, dict[str, dict[str, int]]]] = {  # classes, videos, videos by split and subset
@@ -292,7 +293,10 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
         f"{of['dataset']} {'unknown until there are videos' if of['bytes'] is None else _said(of['bytes'], of)}"
         for of in disk["shards"]
     )
-    said.append(f"disk: shards {shards or 'are there'}; checkpoints {_size(disk['checkpoints'])}")
+    said.append(
+        f"disk: shards {shards or 'are there'}; checkpoints {_size(disk['checkpoints'])}, "
+        f"models in MLflow {_size(disk['models']) if disk['models'] else 'on its server'}"
+    )
     for of in disk["videos"]:
         archives = (
             f"archives {_said(of['archives'], {'estimate': of['archives_estimate']})}, " if of["archives"] else ""
@@ -505,6 +509,7 @@ def _training(job: Job, by_name: Mapping[str, Source], rates: Sequence[Rate]) ->
         # weights and momenta in fp32; batch norm's buffers are too small to count
         "checkpoint_bytes": 8 * costs.parameters,
         "checkpoint_there": over > 0 or done,
+        "model_bytes": 4 * costs.parameters,  # what MLflow gets
     }
 
 
@@ -535,6 +540,7 @@ def _pose_training(job: PoseJob, dataset: str, rates: Sequence[Rate]) -> dict[st
         "measured_by": None if rate is None else _measured_by(rate, job.config.width),
         "checkpoint_bytes": 12 * (with_pose.parameters - without.parameters),  # weights, and two moments of Adam
         "checkpoint_there": done,
+        "model_bytes": 0,
     }
 
 
@@ -590,6 +596,9 @@ def _disk(study: Study, found: Sequence[Source], trainings: Sequence[Mapping[str
     to_pack = [of for of in found if not of.packed]
     to_write = sum(of.shard_bytes or 0 for of in to_pack)
     to_write += sum(of["checkpoint_bytes"] for of in missing) + scratch
+    here = default_uri(study.root).startswith("sqlite")  # else they go to a server
+    models = sum(of["model_bytes"] for of in trainings) if here else 0
+    to_write += sum(of["model_bytes"] for of in trainings if of["state"] != "done") if here else 0
     estimate, at_least = bool(to_pack), any(of.shard_bytes is None for of in to_pack)
     videos, elsewhere = [], dict[int, dict[str, Any]]()
     for of in found:
@@ -630,6 +639,7 @@ def _disk(study: Study, found: Sequence[Source], trainings: Sequence[Mapping[str
         ],
         "videos": videos,
         "checkpoints": sum(of["checkpoint_bytes"] for of in trainings),
+        "models": models,
         "to_write": to_write,
         "estimate": estimate,
         "at_least": at_least,

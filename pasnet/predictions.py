@@ -81,7 +81,7 @@ class Predictions:
         source = None if self.source is None else dataclasses.asdict(self.source)
         about = json.dumps({"class_names": self.class_names, "source": source, "version": VERSION})
         table = pa.table(columns).replace_schema_metadata({"pasnet": about})
-        with _replacing(path) as unfinished:
+        with replacing(path) as unfinished:
             pq.write_table(table, unfinished, compression="zstd")
 
     @staticmethod
@@ -152,7 +152,7 @@ def _check(predictions: Predictions, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A file to write that becomes `path` when all went well: whoever finds `path` finds all of it."""
     unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -259,7 +259,7 @@ def _draw(predictions: Predictions, numbers: dict[str, float], out: Path) -> Non
     short = f" (shards lack {source.lacking} listed videos)" if source and source.lacking else ""
     where = f"{source.dataset} split {source.split}{short}: " if source else ""
     of = f"{numbers['videos']} test videos, {len(predictions.class_names)} classes"
-    with _replacing(out) as unfinished:
+    with replacing(out) as unfinished:
         title = f"{where}top-1 {numbers['top1']:.2f} %, {of}"
         draw(confusion(predictions), predictions.class_names, title, unfinished)
 
@@ -282,12 +282,12 @@ def write_evaluation(
     out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").unlink(missing_ok=True)  # of an earlier evaluation: it would vouch for half of this one
     named.save(out / "predictions.parquet")
-    with _replacing(out / "per_class.csv") as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
+    with replacing(out / "per_class.csv") as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("class", "videos", "top1", "top5", "confused_with", "confused"))
         writer.writerows(dataclasses.astuple(of) for of in classes)
     _draw(named, numbers, out / "confusion.png")
-    with _replacing(out / "metrics.json") as unfinished:
+    with replacing(out / "metrics.json") as unfinished:
         unfinished.write_text(json.dumps(numbers, indent=1), "utf-8")
     return numbers
 

@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 TRAININGS = "pasnet/trainings"
 KEY = "pasnet.journal"  # tag of a run: which journal it comes from
 OFF = "off"  # instead of an address: no tracking
-# A network whose weights take no more than this is logged as a model without being asked for: the paper's size takes
-# 90 (ECO) to 290 MB, times 39 trainings per split and seed, beside a last.pt that holds the same numbers.
-SMALL_MODEL = 64e6
 # Seconds for which a training that has ended waits for its sender. A server may be away for ever. SQLite is this
 # machine's own disk, where only the first use of a file takes long (6 to 12 s, making its tables).
 PATIENCE, PATIENCE_SQLITE = 4.0, 30.0
@@ -171,7 +168,7 @@ class LiveRun:
         tags: Mapping[str, str],
         *,
         dataset: Mapping[str, Any] | None = None,
-        log_model: bool | None = None,
+        log_model: bool = True,
     ) -> None:
         self._uri, self._out, self._log_model = uri, Path(out), log_model
         self._journal: Journal | None = None
@@ -242,7 +239,7 @@ class LiveRun:
             journal.note_artifacts()
             if status != "FINISHED" and self._status == "FINISHED" and not self._added:
                 status, reason = self._status, ""  # a finished run in whose folder another was refused
-            elif status == "FINISHED" and _wants_model(self._out, self._log_model):
+            elif status == "FINISHED" and self._log_model and (self._out / "last.pt").is_file():
                 journal.append("end", status=status, reason=reason)
                 journal.append("model", path="last.pt")  # after the end, which is not to wait for a large file
                 status = ""
@@ -524,14 +521,6 @@ def _journals(folders: Sequence[Path]) -> list[Path]:
             raise ConfigError(f"{folder}: no {FILE} in it; give the folder of a tracked training, or of a study")
         found += here + inside
     return found
-
-
-def _wants_model(folder: Path, asked: bool | None) -> bool:
-    """As asked; without a wish, a network that is small."""
-    if asked is not None:
-        return asked
-    # last.pt holds the weights and, in the optimizer, as many momenta
-    return (folder / "last.pt").is_file() and (folder / "last.pt").stat().st_size <= 2 * SMALL_MODEL
 
 
 def log_model(server: MlflowClient, run: str, checkpoint: Path, computing: Callable[[], Any]) -> str:

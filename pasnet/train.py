@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,12 +26,12 @@ import filelock
 import torch
 from torch import Tensor, nn
 
-from pasnet import checkpoints
+from pasnet import checkpoints, weights
 from pasnet.checkpoints import identity_of, load_initial, model_of, read_own_checkpoint, run_digest
-from pasnet.config import ConfigError, OptimConfig, TrainConfig, to_dict
+from pasnet.config import ConfigError, OptimConfig, TrainConfig, digest, to_dict
 from pasnet.data import Batch, Loader, ShardSet, lacking, open_shards
-from pasnet.distributed import Processes, processes, without_averaging
-from pasnet.evaluate import Source, autocast, metrics, predict, set_precision, write_evaluation
+from pasnet.distributed import Processes, StoppedError, processes, stop_signal, without_averaging
+from pasnet.evaluate import Source, Unfinished, autocast, metrics, predict, set_precision, write_evaluation
 from pasnet.machine import hardware
 from pasnet.models.pasnet import PASNet, build, parameter_groups
 from pasnet.progress import EpochBar
@@ -42,12 +41,6 @@ from pasnet.weights import WeightsError
 
 class TrainingError(RuntimeError):
     """A training that cannot go on; the message says where and what was at hand."""
-
-
-class StoppedError(RuntimeError):
-    """A training that was asked to stop (SIGTERM) and has saved how far it came."""
-
-    exit_code = 128 + signal.SIGTERM
 
 
 @dataclass(kw_only=True)
@@ -62,6 +55,8 @@ class Tally:
     seconds: float = 0.0  # spent on it
     waited: float = 0.0  # of those, for the loader
     saving: float = 0.0  # besides, on checkpoints
+    evaluating: float = 0.0  # and on the evaluations that follow
+    held_out: dict[str, float] | None = None  # what the first of them found
 
 
 def train(config: TrainConfig, out: Path, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
@@ -216,13 +211,27 @@ def _train(
         saved = time.monotonic()
         tally.saving += time.perf_counter() - started
 
-    def interrupt() -> None:  # of an evaluation; every process has as many batches, and they leave it together
-        if any(team.gather(stop.is_set())):
-            save(tally)
-            raise StoppedError("stopped in the evaluation of an epoch; start again to go on")
+    def evaluate(on: Loader, subset: str, epoch: int) -> dict[str, float]:
+        """Metrics of the network as it is after the epoch's last step; a kill costs no more than the interval."""
+        since = time.perf_counter()
 
-    def evaluate(on: Loader) -> dict[str, float]:
-        return metrics(predict(model, on, shards.keys, team, config.precision, interrupt), resamples=0)
+        def first() -> None:
+            nonlocal since
+            tally.evaluating += time.perf_counter() - since
+            save(tally)
+            since = time.perf_counter()
+
+        unfinished = Unfinished(
+            out / f"unfinished-{subset}",
+            digest([identity, epoch, subset]),
+            team=team,
+            stop=stop,
+            due=lambda: time.monotonic() - saved >= 60 * config.checkpoint_minutes,
+            first=first,
+        )
+        found = metrics(predict(model, on, shards.keys, team, config.precision, unfinished), resamples=0)
+        tally.evaluating += time.perf_counter() - since
+        return found
 
     for epoch in range(len(history), optim.epochs):
         lr = optim.lr * lr_scale_at(epoch, optim, history)
@@ -276,25 +285,21 @@ def _train(
                     step = Step(started=time.perf_counter(), waited=train_loader.waited)
 
         team.share_buffers(model)
-        # a kill must not cost more training than the interval, and the evaluation may be as long
-        expected = history[-1].get("evaluation_seconds", 0.0) if history else math.inf
-        if time.monotonic() - saved + expected >= 60 * config.checkpoint_minutes:
-            save(tally)
-        started = time.perf_counter()
-        held_out = evaluate(held_out_loader) if held_out_loader else None
-        test = evaluate(test_loader)
+        if held_out_loader and tally.held_out is None:
+            tally.held_out = evaluate(held_out_loader, "held-out", epoch)
+        test = evaluate(test_loader, "test", epoch)
         record = {
             "epoch": epoch + 1,
             "lr": lr,
             "train_loss": tally.loss / tally.seen,
             "train_top1": 100 * tally.hits / tally.seen,
-            **({"held_out_top1": held_out["top1"]} if held_out else {}),
+            **({"held_out_top1": tally.held_out["top1"]} if tally.held_out else {}),
             "test_top1": test["top1"],
             "test_top5": test["top5"],
             "clips_per_second": tally.seen / tally.seconds,
             "data_wait": tally.waited / tally.seconds,  # share of the training time spent waiting for the loader
-            "evaluation_seconds": (evaluating := time.perf_counter() - started),
-            "seconds": tally.seconds + tally.saving + evaluating,
+            "evaluation_seconds": tally.evaluating,
+            "seconds": tally.seconds + tally.saving + tally.evaluating,
             "processes": team.world,
             "device": hardware(),
             "commit": made_by,
@@ -304,6 +309,8 @@ def _train(
         tally = Tally(world=team.world)
         save(None)
         if team.main:
+            for kept in out.glob("unfinished-*"):  # of this epoch's evaluations
+                kept.unlink()
             _write(out / "history.json", json.dumps(history, indent=1))
             if on_epoch:
                 on_epoch(record)
@@ -397,8 +404,12 @@ def _not_finite(closed: Closed, where: str, lr: float, out: Path, team: Processe
 
 
 def evaluate_checkpoint(checkpoint: Path, shards_folder: Path, out: Path) -> dict[str, float]:
-    """Test-list metrics of a last.pt, returned and, with all that belongs to them, in `out` (see write_evaluation)."""
-    with processes() as team, ExitStack() as stack:
+    """Test-list metrics of a last.pt, returned and, with all that belongs to them, in `out` (see write_evaluation).
+
+    One that was killed goes on after the clips that it had kept in `out`, every config.checkpoint_minutes. Raises what
+    `train` raises, and EvaluationError.
+    """
+    with processes() as team, stop_signal() as stop, ExitStack() as stack:
         shards = open_shards(Path(shards_folder))
         found = read_own_checkpoint(Path(checkpoint), None, shards)
         model, config = model_of(found)
@@ -415,7 +426,21 @@ def evaluate_checkpoint(checkpoint: Path, shards_folder: Path, out: Path) -> dic
         )
         stack.enter_context(closing(loader))
         _say_what_is_lacking(shards, team)
-        predictions = predict(model.to(team.device), loader, shards.keys, team, config.precision)
+        kept = time.monotonic()
+
+        def keep() -> None:
+            nonlocal kept
+            kept = time.monotonic()
+
+        unfinished = Unfinished(
+            Path(out) / "unfinished",
+            digest([weights.sha256_of(Path(checkpoint)), shards.digest]),  # a training made anew has other numbers
+            team=team,
+            stop=stop,
+            due=lambda: time.monotonic() - kept >= 60 * config.checkpoint_minutes,
+            first=keep,
+        )
+        predictions = predict(model.to(team.device), loader, shards.keys, team, config.precision, unfinished)
         if not team.main:
             return metrics(predictions)
         source = Source(
@@ -425,7 +450,9 @@ def evaluate_checkpoint(checkpoint: Path, shards_folder: Path, out: Path) -> dic
             training=found["identity"],
             lacking=lacking(shards),
         )
-        return write_evaluation(predictions, shards.class_names, Path(out), source=source)
+        numbers = write_evaluation(predictions, shards.class_names, Path(out), source=source)
+        unfinished.remove()
+        return numbers
 
 
 def _say_what_is_lacking(shards: ShardSet, team: Processes) -> None:
@@ -505,20 +532,6 @@ def _alone_in(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, so that the loop can end at a step's end with a checkpoint."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield asked
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _seed_at(seed: int, epoch: int, number: int, rank: int) -> int:

@@ -129,6 +129,82 @@ class TestInterruptions:
         assert ends == [-how if how == signal.SIGKILL else 128 + how] * 3 + [0]
         assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
 
+    @pytest.mark.parametrize("held_out", [0.0, 0.4])
+    def test_an_evaluation_that_is_killed_goes_on_after_its_last_clip(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: float
+    ) -> None:
+        """Killed at every second clip, of both lists: no step and no clip on disk is done twice, and all is equal."""
+        config = replace(
+            config, {"checkpoint_minutes": 0, "optim.batch": 1, "optim.micro_batch": 1, "data.held_out": held_out}
+        )
+        train(config, tmp_path / "whole")
+        shown: list[tuple[str, int]] = []
+
+        class KilledError(Exception):
+            pass
+
+        def killed(self: progress.ClipBar, seen: int, *_: Any) -> None:
+            shown.append((type(self).__name__, seen))
+            if sum(kind == "ClipBar" for kind, _ in shown[begun:]) == 2:  # this one is not on disk
+                raise KilledError
+
+        monkeypatch.setattr(progress.ClipBar, "show", killed)
+        kills = 0
+        while not (tmp_path / "parts" / "done.json").is_file() and kills < 40:
+            begun = len(shown)
+            try:
+                train(config, tmp_path / "parts")
+            except KilledError:
+                kills += 1
+        store = open_shards(Path(config.data.shards))
+        lists = [len(rows_of(store, config.data, name)) for name in ("held_out", "test")]  # type: ignore[arg-type]
+        assert config.optim.epochs * sum(lists) > kills >= config.optim.epochs
+        steps = [seen for kind, seen in shown if kind == "EpochBar"]
+        assert len(steps) == config.optim.epochs * len(rows_of(store, config.data, "train"))
+        # a clip whose process was killed is done again, no other
+        assert sum(kind == "ClipBar" for kind, _ in shown) == config.optim.epochs * sum(lists) + kills
+        assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+        assert not list((tmp_path / "parts").glob("unfinished*"))
+
+    def test_an_evaluation_that_is_stopped_goes_on(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = replace(config, {"optim.epochs": 1, "optim.batch": 1, "optim.micro_batch": 1})
+        train(config, tmp_path)
+        files = ("predictions.parquet", "metrics.json", "per_class.csv", "confusion.png")
+        arguments = (tmp_path / "last.pt", Path(config.data.shards))
+        evaluate_checkpoint(*arguments, tmp_path / "whole")
+        show, out = progress.ClipBar.show, tmp_path / "parts"
+        with monkeypatch.context() as patched:
+            patched.setattr(progress.ClipBar, "show", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or show(*a))
+            with pytest.raises(StoppedError, match="start again to go on"):
+                evaluate_checkpoint(*arguments, out)
+        assert [path.name for path in out.iterdir()] == ["unfinished.0.pt"]
+        capsys.readouterr()
+        evaluate_checkpoint(*arguments, out)
+        assert "going on after 1 of " in capsys.readouterr().out
+        assert sorted(path.name for path in out.iterdir()) == sorted(files)
+        for name in files:
+            assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+    def test_what_another_network_gave_is_not_taken_up(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = replace(config, {"optim.epochs": 1, "optim.batch": 1, "optim.micro_batch": 1})
+        show = progress.ClipBar.show
+        for seed in (0, 1):
+            train(replace(config, {"seed": seed}), tmp_path / str(seed))
+        with monkeypatch.context() as patched:
+            patched.setattr(progress.ClipBar, "show", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or show(*a))
+            with pytest.raises(StoppedError):
+                evaluate_checkpoint(tmp_path / "0" / "last.pt", Path(config.data.shards), tmp_path / "out")
+        capsys.readouterr()
+        evaluate_checkpoint(tmp_path / "1" / "last.pt", Path(config.data.shards), tmp_path / "out")
+        assert "going on" not in capsys.readouterr().out
+        evaluate_checkpoint(tmp_path / "1" / "last.pt", Path(config.data.shards), tmp_path / "whole")
+        name = "predictions.parquet"
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
     def test_how_often_it_is_saved_is_no_part_of_its_identity(self, config: TrainConfig, tmp_path: Path) -> None:
         train(replace(config, {"optim.epochs": 1}), tmp_path)
         train(replace(config, {"optim.epochs": 1, "checkpoint_minutes": 3}), tmp_path)
@@ -237,14 +313,14 @@ def launch(processes: int, arguments: list[str]) -> str:
     return done.stdout
 
 
-def run_script(processes: int, command: list[str]) -> str:
-    """A Python file, with arguments, in several processes."""
+def run_script(processes: int, command: list[str], *, fails: bool = False) -> str:
+    """A Python file, with arguments, in several processes: what it says, or, when it is to fail, what torchrun says."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", *command]
     env = {**os.environ, "PYTHONPATH": ROOT}
     done = subprocess.run(torchrun, capture_output=True, text=True, timeout=240, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done.stderr if fails else done.stdout
 
 
 class TestProcesses:
@@ -309,6 +385,37 @@ class TestProcesses:
         launch(2, arguments("stopped"))
         launch(2, arguments("through"))
         assert same(state_of(tmp_path / "stopped"), state_of(tmp_path / "through"))
+
+    @pytest.mark.slow
+    def test_an_evaluation_of_two_goes_on_after_what_both_have(self, config: TrainConfig, tmp_path: Path) -> None:
+        """Both are killed when the first one alone has kept its second batch."""
+        config = replace(config, {"optim.epochs": 1, "optim.batch": 1, "optim.micro_batch": 1, "checkpoint_minutes": 0})
+        train(config, tmp_path)
+        (tmp_path / "run.py").write_text(
+            "import os, pathlib, sys\nimport pasnet.evaluate as evaluation\n"
+            "from pasnet.train import evaluate_checkpoint\n"
+            "last, shards, out, kill = sys.argv[1:]\n"
+            "write = evaluation.Unfinished._write\n"
+            "def writing(self, parts):\n"
+            "    second = kill == 'kill' and len(parts) == 2\n"
+            "    if not second or self._team.main:\n"
+            "        write(self, parts)\n"
+            "    if second:\n"
+            "        self._team.gather(0)\n"
+            "        os._exit(9)\n"
+            "evaluation.Unfinished._write = writing\n"
+            "evaluate_checkpoint(pathlib.Path(last), pathlib.Path(shards), pathlib.Path(out))\n"
+        )
+        command = [str(tmp_path / "run.py"), str(tmp_path / "last.pt"), config.data.shards]
+        assert "exitcode  : 9" in run_script(2, [*command, str(tmp_path / "parts"), "kill"], fails=True)
+        kept = [torch.load(tmp_path / "parts" / f"unfinished.{rank}.pt", weights_only=True) for rank in (0, 1)]
+        assert [len(each["parts"]) for each in kept] == [2, 1]
+        total = len(open_shards(Path(config.data.shards)).select(1, "test"))
+        said = run_script(2, [*command, str(tmp_path / "parts"), ""])
+        assert f"going on after 2 of {total} clips of the evaluation" in said
+        run_script(2, [*command, str(tmp_path / "whole"), ""])
+        name = "predictions.parquet"
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
     @pytest.mark.slow
     def test_statistics_are_the_main_ones(self, tmp_path: Path) -> None:

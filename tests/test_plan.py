@@ -27,7 +27,7 @@ def test_a_study_can_be_planned_before_its_videos_are_there() -> None:
     assert last["evaluated_clips"] == 41 * 3_734  # split 2
     of = cost(ModelConfig(num_classes=101, fusion=FusionConfig(style="A")), 8)
     assert first["pflop"] == pytest.approx(2 * of.gmacs * (3 * 40 * 9_537 + 41 * 3_783) / 1e6, abs=1e-3)
-    assert first["checkpoint_bytes"] == 8 * of.parameters
+    assert first["checkpoint_bytes"] == 8 * of.parameters and first["model_bytes"] == 4 * of.parameters
     assert first["hours"] is None and planned["totals"]["hours"] is None
     said = "\n".join(lines(planned))
     assert "no measurement for no such card; give --clips-per-second or run `make bench`" in said
@@ -155,7 +155,11 @@ def test_the_disk_of_official_sets_is_estimated_before_they_are_there(
     assert not videos["ucf101"]["archives_estimate"] and videos["hmdb51"]["archives_estimate"]
     assert all(of["estimate"] and of["at_least"] and of["bytes"] > 2e9 for of in videos.values())
     data = sum(sizes.values()) + sum(of["archives"] + of["bytes"] for of in videos.values())
-    assert disk["to_write"] >= data + disk["checkpoints"]
+    assert disk["to_write"] >= data + disk["checkpoints"] + disk["models"] and disk["models"] > 5e9
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # another machine's disk
+    elsewhere = plan(study)["disk"]
+    assert elsewhere["models"] == 0 and elsewhere["to_write"] == disk["to_write"] - disk["models"]
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert disk["estimate"] and disk["at_least"] and disk["enough"] and not disk["elsewhere"]
     free = data  # enough for all but the checkpoints
     planned = plan(study, clips_per_second=1.0)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -580,19 +580,18 @@ def test_a_real_training_with_its_data_and_its_model(
         model.predict(clips.astype(np.float32))  # what the signature is for
 
 
-def test_large_models_are_logged_on_request_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(tracking, "log_model", lambda server, run, path, computing: asked.append(path.parent.name))
+def test_a_model_is_logged_unless_it_is_not_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Shipping, "ship", lambda self: 0)
-    for name, size, wish in (("small", 10, None), ("no", 10, False), ("large", 300, None), ("yes", 300, True)):
+    wishes: dict[str, dict[str, bool]] = {"default": {}, "no": {"log_model": False}, "failed": {}}
+    for name, wish in wishes.items():
         (tmp_path / name).mkdir()
-        os.truncate(os.open(tmp_path / name / "last.pt", os.O_CREAT | os.O_WRONLY), size * 10**6)
-        with opened(CLOSED, tmp_path / name, log_model=wish):
-            pass
-    having = [
-        n for n in ("small", "no", "large", "yes") if any(e["event"] == "model" for e in Journal(tmp_path / n).events())
-    ]
-    assert having == ["small", "yes"]
+        # 30 GB: its size is no reason to leave it out
+        os.truncate(os.open(tmp_path / name / "last.pt", os.O_CREAT | os.O_WRONLY), 30 * 10**9)
+        with suppress(ZeroDivisionError), opened(CLOSED, tmp_path / name, **wish):
+            if name == "failed":
+                raise ZeroDivisionError
+    having = [name for name in wishes if any(e["event"] == "model" for e in Journal(tmp_path / name).events())]
+    assert having == ["default"]
 
 
 def test_the_end_does_not_wait_for_a_model_nor_break_one_off(

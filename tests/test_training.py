@@ -479,25 +479,6 @@ class TestLoop:
         assert train(config, tmp_path)["processes"] == "4; 1"
         assert "epochs before this were trained by 4 processes, now by 1: not bit for bit" in capsys.readouterr().out
 
-    def test_an_evaluation_that_is_killed_costs_no_training(self, config: TrainConfig, tmp_path: Path) -> None:
-        """The first one, of which nobody knows how long it takes, and any that could outlast the interval."""
-        for interval, saved_before in ((1e6, (True, False)), (0.0, (True, True))):
-            out = tmp_path / str(interval)
-            config = replace(config, {"checkpoint_minutes": interval})
-            seen: list[Any] = []
-
-            def looking(*arguments: Any, out: Path = out, seen: list[Any] = seen, **options: Any) -> Predictions:
-                path = out / "last.pt"
-                found = torch.load(path, weights_only=True) if path.is_file() else {"history": [], "within": None}
-                seen.append((len(found["history"]), found["within"] and found["within"]["seen"]))
-                return predict(*arguments, **options)
-
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(training, "predict", looking)
-                train(config, out)
-            clips = len(open_shards(Path(config.data.shards)).select(1, "train"))
-            assert seen == [(0, clips), (1, clips if saved_before[1] else None)]
-
     def test_a_finished_run_says_what_it_was_made_with(
         self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
