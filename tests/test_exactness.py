@@ -387,9 +387,14 @@ class TestProcesses:
         assert same(state_of(tmp_path / "stopped"), state_of(tmp_path / "through"))
 
     @pytest.mark.slow
-    def test_an_evaluation_of_two_goes_on_after_what_both_have(self, config: TrainConfig, tmp_path: Path) -> None:
+    def test_an_evaluation_of_two_goes_on_after_what_both_have(
+        self, config: TrainConfig, tmp_path: Path, ffmpeg: str
+    ) -> None:
         """Both are killed when the first one alone has kept its second batch."""
+        videos = generate(tmp_path / "v", SynthConfig(num_classes=3, groups=8, frames=(6, 8), seed=2), ffmpeg=ffmpeg)
+        build(scan(*find_dataset(videos)), tmp_path / "shards", num_shards=2)
         config = replace(config, {"optim.epochs": 1, "optim.batch": 1, "optim.micro_batch": 1, "checkpoint_minutes": 0})
+        config = replace(config, {"data.shards": str(tmp_path / "shards")})
         train(config, tmp_path)
         (tmp_path / "run.py").write_text(
             "import os, pathlib, sys\nimport pasnet.evaluate as evaluation\n"
