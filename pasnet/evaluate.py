@@ -6,6 +6,7 @@ Test protocol of the paper and of ECO: one clip per video, the centre frame of e
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,7 +91,7 @@ class Unfinished:
     ) -> None:
         self._path, self._team, self._stop, self._due, self._first = path, team, stop, due, first
         self._mine = path.with_name(f"{path.name}.{team.rank}.pt")
-        self._identity = digest([identity, team.world, VERSION])
+        self._identity = digest([identity, team.world, team.device.type, VERSION])
 
     def found(self) -> list[Part]:
         """The batches that all processes have; none is the usual case."""
@@ -103,7 +104,9 @@ class Unfinished:
         stops, dues = zip(*self._team.gather((self._stop.is_set(), self._due())), strict=True)
         if any(stops) or any(dues):
             self._first()
+            self._team.gather(None)  # the main process may be the only one that writes there
             self._write(parts)
+            self._team.gather(None)
         if any(stops):
             raise StoppedError("stopped in an evaluation, whose clips so far are kept; start again to go on")
 
@@ -122,8 +125,17 @@ class Unfinished:
     def _read(self) -> list[Part]:
         if not self._mine.is_file():
             return []
-        found = torch.load(self._mine, weights_only=True)
-        return [Part(*columns) for columns in found["parts"]] if found["identity"] == self._identity else []
+        try:
+            found = torch.load(self._mine, weights_only=True)
+            return [Part(*columns) for columns in found["parts"]] if found["identity"] == self._identity else []
+        except Exception as error:  # as many kinds as ways to damage a file; it costs the clips that it held
+            print(f"{self._mine}: cannot be read ({type(error).__name__}); the evaluation starts anew", file=sys.stderr)
+            return []
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    """All of them as one, on the CPU; parts of before an interruption are there already."""
+    return Part(*(torch.cat([column.cpu() for column in columns]) for columns in zip(*parts, strict=True)))
 
 
 @torch.inference_mode()
@@ -156,10 +168,11 @@ def predict(
             else:
                 with autocast(team.device, precision):
                     logits = model(clips)
-            parts.append(Part(logits.float().softmax(1), batch.labels, batch.rows, batch.frames))
+            # copies: what a loader's process hands over keeps a file open for each tensor
+            columns = (column.clone() for column in (batch.labels, batch.rows, batch.frames))
+            parts.append(Part(logits.float().softmax(1), *columns))
             bar.show(sum(totals[: len(parts)]))
-    mine = Part(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
-    everyone = team.gather(tuple(column.numpy() for column in mine))
+    everyone = team.gather(tuple(column.numpy() for column in _joined(parts)))
     probabilities, labels, rows, frames = (np.concatenate(column) for column in zip(*everyone, strict=True))
     order = np.argsort(rows, kind="stable")
     probabilities, labels, rows, frames = (column[order] for column in (probabilities, labels, rows, frames))

@@ -23,6 +23,7 @@ from typing import IO, NamedTuple
 
 from pasnet.config import ConfigError, to_dict
 from pasnet.study import Job, PoseJob
+from pasnet.tracking import models_wanted
 
 _LINE: set[tuple[int, int]] = set()  # who waits for a training slot
 _HELD: set[tuple[int, int]] = set()  # who has one
@@ -52,7 +53,7 @@ def run_training(job: Job, tracking_uri: str = "") -> bool:
         request = folder / "request.json"
         request.write_text(json.dumps(to_dict(job.config), indent=1), "utf-8")
         command = ["train", "--config", str(request), "--out", str(folder), "--title", job.title]
-        command += ["--tracking-uri", tracking_uri or "off"]
+        command += ["--tracking-uri", tracking_uri or "off", "--log-model" if models_wanted() else "--no-log-model"]
         _run(command, folder / "train.log", job.title, slot, lock)
     return True
 

@@ -34,7 +34,7 @@ from pasnet.study import (
     pose_job,
     synth_config,
 )
-from pasnet.tracking import default_uri
+from pasnet.tracking import default_uri, models_wanted
 
 # Of the official lists: a study can be planned before 9 GB are downloaded.
 OFFICIAL: dict[str, tuple[int, int, dict[str, dict[str, int]]]] = {  # classes, videos, videos by split and subset
@@ -295,7 +295,7 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
     )
     said.append(
         f"disk: shards {shards or 'are there'}; checkpoints {_size(disk['checkpoints'])}, "
-        f"models in MLflow {_size(disk['models']) if disk['models'] else 'on its server'}"
+        f"models in MLflow {_size(disk['models']) if disk['models'] else 'none here'}"
     )
     for of in disk["videos"]:
         archives = (
@@ -596,9 +596,11 @@ def _disk(study: Study, found: Sequence[Source], trainings: Sequence[Mapping[str
     to_pack = [of for of in found if not of.packed]
     to_write = sum(of.shard_bytes or 0 for of in to_pack)
     to_write += sum(of["checkpoint_bytes"] for of in missing) + scratch
-    here = default_uri(study.root).startswith("sqlite")  # else they go to a server
+    # else they go to a server, or nowhere
+    here = models_wanted() and default_uri(study.root).startswith(("sqlite:", "file:"))
     models = sum(of["model_bytes"] for of in trainings) if here else 0
-    to_write += sum(of["model_bytes"] for of in trainings if of["state"] != "done") if here else 0
+    trained = ("done", "to evaluate")
+    to_write += sum(of["model_bytes"] for of in trainings if of["state"] not in trained) if here else 0
     estimate, at_least = bool(to_pack), any(of.shard_bytes is None for of in to_pack)
     videos, elsewhere = [], dict[int, dict[str, Any]]()
     for of in found:

@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,19 @@ MAX_PARAM = 6000  # characters; MLflow's limit
 
 class TrackingError(RuntimeError):
     """Something could not be sent; it is still on disk."""
+
+
+class ModelRefusedError(TrackingError):
+    """A model that no second try would bring to the server."""
+
+
+def models_wanted() -> bool:
+    """Whether a study's networks go to MLflow as models: PASNET_LOG_MODELS, default 1. Raises ConfigError for what is
+    neither 1 nor 0."""
+    text = os.environ.get("PASNET_LOG_MODELS", "1")
+    if text not in ("0", "1"):
+        raise ConfigError(f"PASNET_LOG_MODELS must be 1 or 0, got {text!r}")
+    return text == "1"
 
 
 def default_uri(root: Path) -> str:
@@ -360,11 +373,8 @@ class Shipping:
         except Exception as error:
             # What the server will never take must not hold up what comes after it. Of a run's start that is all.
             code = getattr(error, "error_code", "")
-            if event["event"] == "start" or code not in (
-                "INVALID_PARAMETER_VALUE",
-                "BAD_REQUEST",
-                "ENDPOINT_NOT_FOUND",
-            ):
+            no = code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "ENDPOINT_NOT_FOUND")
+            if event["event"] == "start" or not (no or isinstance(error, ModelRefusedError)):
                 raise
             refused = _reason(error, self._uri)
             _say(f"{self._journal.path}: {self._place} refuses event {event['n']}, {event['event']} ({refused})")
@@ -387,7 +397,9 @@ class Shipping:
                 parent = path.parent.relative_to(folder).as_posix()
                 mlflow.log_artifact(run, str(path), None if parent == "." else parent)
         elif kind == "model":
-            if (folder / event["path"]).is_file():
+            # not of a run that was begun anew in this folder: the file is that one's
+            later = [other for other in self._journal.events() if other["n"] > event["n"]]
+            if (folder / event["path"]).is_file() and all(other["event"] != "start" for other in later):
                 log_model(mlflow, run, folder / event["path"], self._computing)
         elif kind == "end":
             if event.get("reason"):
@@ -505,11 +517,17 @@ def _send_journal(journal: Journal, uri: str, dead: set[str]) -> str:
     try:
         count = Shipping(journal, to).ship()
     except Exception as error:
-        if getattr(error, "error_code", "INTERNAL_ERROR") == "INTERNAL_ERROR":  # MLflow's word for no answer, too
+        # MLflow's word for no answer, too; a model may take too long on a server that is there
+        if getattr(error, "error_code", "INTERNAL_ERROR") == "INTERNAL_ERROR" and not _next_is_model(journal, place):
             dead.add(place)
         raise TrackingError(f"MLflow at {place}: {_reason(error, to)}") from error
     known = progress(journal.events(), place)[1][run[0]["key"]]
     return f"{journal.folder}: {count} events sent to {place}, run {known}{'; it had been killed' if killed else ''}"
+
+
+def _next_is_model(journal: Journal, place: str) -> bool:
+    left = unsent(journal.events(), place)
+    return bool(left) and left[0]["event"] == "model"
 
 
 def _journals(folders: Sequence[Path]) -> list[Path]:
@@ -528,6 +546,7 @@ def log_model(server: MlflowClient, run: str, checkpoint: Path, computing: Calla
 
     As an exported graph (pt2): it loads with torch alone, without this package, and without unpickling code. Returns
     the model's id; a model that is there already is not made again. `computing` is entered for what needs no server.
+    Raises ModelRefusedError where the export fails, or the server says that it does not take such a file.
     """
     from mlflow.entities import LoggedModelOutput
     from mlflow.entities.logged_model_status import LoggedModelStatus
@@ -543,14 +562,36 @@ def log_model(server: MlflowClient, run: str, checkpoint: Path, computing: Calla
     if not ready:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
-            with computing():
-                _export(checkpoint, folder, run, model_id)
-            server.log_model_artifacts(model_id, str(folder))
+            try:
+                with computing():
+                    _export(checkpoint, folder, run, model_id)
+            except Exception as error:
+                raise ModelRefusedError(f"the export failed: {type(error).__name__}: {error}") from error
+            try:
+                with _time_to_upload():
+                    server.log_model_artifacts(model_id, str(folder))
+            except Exception as error:
+                status = getattr(getattr(error, "response", None), "status_code", 0)
+                if 400 <= status < 500 and status not in (401, 403, 408, 429):  # 413, say: too large for a proxy
+                    raise ModelRefusedError(f"HTTP {status} for the model's files") from error
+                raise
         server.finalize_logged_model(model_id, LoggedModelStatus.READY)
     outputs = about.outputs.model_outputs if about.outputs else []
     if all(output.model_id != model_id for output in outputs):
         server.log_outputs(run, [LoggedModelOutput(model_id, step=0)])
     return model_id
+
+
+@contextlib.contextmanager
+def _time_to_upload() -> Iterator[None]:
+    """A server that stores hundreds of megabytes elsewhere answers when it has."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ[name]
+    os.environ[name] = str(max(300, int(before)))
+    try:
+        yield
+    finally:
+        os.environ[name] = before
 
 
 def _export(checkpoint: Path, folder: Path, run: str, model_id: str) -> None:

@@ -132,8 +132,9 @@ def _train(
     if state is None:
         report = load_initial(model, config, shards)
         if team.main:
-            for stale in ("done.json", "history.json"):  # of a run whose last.pt was removed
-                (out / stale).unlink(missing_ok=True)
+            # of a run whose last.pt was removed
+            for stale in (out / "done.json", out / "history.json", *out.glob("unfinished-*")):
+                stale.unlink(missing_ok=True)
             _write(out / "config.json", json.dumps(to_dict(config), indent=1))
             _write(out / "load_report.txt", report + "\n")
         team.say(report)
@@ -181,7 +182,7 @@ def _train(
         elif (out / "done.json").is_file():  # with the device and commit that it was trained with
             finished: dict[str, Any] = json.loads((out / "done.json").read_text("utf-8"))
             return finished
-    if len(set(team.gather((identity, len(history), tally.batches)))) > 1:
+    if len(set(team.gather((identity, len(history), tally.batches, tally.held_out is None)))) > 1:
         raise ConfigError(
             f"{out}: the processes find different states there; it must be on a disk that all of them see"
         )

@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pasnet.train as training
 from pasnet import progress
 from pasnet.config import ConfigError, DataConfig, FusionConfig, ModelConfig, OptimConfig, TrainConfig, replace, to_dict
 from pasnet.data import Loader, held_out, open_shards, rows_of
 from pasnet.distributed import Processes, processes
+from pasnet.evaluate import Part, _joined
 from pasnet.synth import SynthConfig, generate
 from pasnet.train import StoppedError, TrainingError, evaluate_checkpoint, lr_scale_at, micro_batch, train
 from pasnet.weights import WeightsError
@@ -204,6 +206,50 @@ class TestInterruptions:
         evaluate_checkpoint(tmp_path / "1" / "last.pt", Path(config.data.shards), tmp_path / "whole")
         name = "predictions.parquet"
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+    def test_clips_of_a_run_whose_checkpoint_was_removed_count_for_nothing(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Its weights may have been others: a GPU's, say, or older code's."""
+        config = replace(config, {"optim.epochs": 1, "optim.batch": 1, "optim.micro_batch": 1})
+        show = progress.ClipBar.show
+
+        def stopping(self: progress.ClipBar, *numbers: Any) -> None:
+            if type(self) is progress.ClipBar:
+                os.kill(os.getpid(), signal.SIGTERM)
+            show(self, *numbers)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(progress.ClipBar, "show", stopping)
+            with pytest.raises(StoppedError):
+                train(config, tmp_path)
+        assert (tmp_path / "unfinished-test.0.pt").is_file()
+        (tmp_path / "last.pt").unlink()
+        capsys.readouterr()
+        train(config, tmp_path)
+        assert "clips of the evaluation" not in capsys.readouterr().out
+
+    def test_clips_that_the_disk_has_damaged_are_evaluated_again(
+        self, config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        train(replace(config, {"optim.epochs": 1}), tmp_path)
+        arguments = (tmp_path / "last.pt", Path(config.data.shards))
+        numbers = evaluate_checkpoint(*arguments, tmp_path / "whole")
+        (tmp_path / "parts").mkdir()
+        (tmp_path / "parts" / "unfinished.0.pt").write_bytes(b"")
+        assert evaluate_checkpoint(*arguments, tmp_path / "parts") == numbers
+        assert "unfinished.0.pt: cannot be read (EOFError); the evaluation starts anew" in capsys.readouterr().err
+
+    def test_clips_of_before_an_interruption_join_those_of_a_gpu(self) -> None:
+        def part(device: str) -> Part:
+            numbers = [torch.zeros(2, dtype=torch.int64) for _ in range(3)]
+            return Part(torch.zeros(2, 5, device=device), *numbers)
+
+        with FakeTensorMode():  # tensors "on a GPU" on any machine; like a GPU's, they do not mix with others
+            with pytest.raises(RuntimeError, match="same device"):
+                torch.cat([part("cpu").probabilities, part("cuda").probabilities])
+            joined = _joined([part("cpu"), part("cuda")])
+            assert joined.probabilities.device.type == "cpu" and joined.probabilities.shape == (4, 5)
 
     def test_how_often_it_is_saved_is_no_part_of_its_identity(self, config: TrainConfig, tmp_path: Path) -> None:
         train(replace(config, {"optim.epochs": 1}), tmp_path)

@@ -14,14 +14,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mlflow.entities import ViewType
 
-from pasnet import tracking
+from pasnet import execute, tracking
 from pasnet.cli import main
-from pasnet.config import ConfigError
+from pasnet.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from pasnet.journal import FILE, Journal, epochs_of, last_run, place_of, unsent
 from pasnet.tracking import KEY, TRAININGS, LiveRun, Shipping, TrackingError, client, default_uri, send
 
@@ -592,6 +593,75 @@ def test_a_model_is_logged_unless_it_is_not_wanted(tmp_path: Path, monkeypatch: 
                 raise ZeroDivisionError
     having = [name for name in wishes if any(e["event"] == "model" for e in Journal(tmp_path / name).events())]
     assert having == ["default"]
+
+
+def test_a_model_that_cannot_be_exported_holds_nothing_up(
+    uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pt").write_text("no checkpoint")
+    with opened(uri, tmp_path / "run") as live:
+        live.epoch(record(1))
+    assert "refuses event" in (said := capsys.readouterr().err) and "the export failed: " in said
+    files(tmp_path / "run")  # what comes after it
+    assert send([tmp_path / "run"], uri) and "predictions.parquet" in str(
+        artifacts_of(uri, runs_of(uri)[0].info.run_id)
+    )
+    assert runs_of(uri)[0].info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(("status", "kept"), [(413, False), (503, True)])
+def test_a_server_may_take_no_large_files(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, kept: bool
+) -> None:
+    class AnswerError(Exception):
+        response = SimpleNamespace(status_code=status)
+
+    def upload(self: Any, model_id: str, folder: str) -> None:
+        assert int(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) >= 300
+        raise AnswerError
+
+    monkeypatch.setattr(tracking, "_export", lambda *_: None)
+    monkeypatch.setattr("mlflow.MlflowClient.log_model_artifacts", upload)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pt").write_text("a checkpoint")
+    with opened(uri, tmp_path / "run"):
+        pass
+    assert int(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) < 300
+    left = unsent(Journal(tmp_path / "run").events(), place_of(uri))
+    assert [event["event"] for event in left] == (["model"] if kept else [])
+
+
+def test_a_model_is_that_of_its_own_run(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server was away; meanwhile another run was begun in the folder, whose checkpoint is not the first one's."""
+    shipped: list[str] = []
+    monkeypatch.setattr(tracking, "log_model", lambda server, run, path, computing: shipped.append(run))
+    out = tmp_path / "run"
+    out.mkdir()
+    for _ in range(2):
+        (out / "last.pt").unlink(missing_ok=True)
+        with opened(CLOSED, out) as live:
+            live.epoch(record(1))
+            (out / "last.pt").write_text("a checkpoint")
+    send([out], uri)
+    first, second = sorted(runs_of(uri), key=lambda run: run.info.start_time)
+    assert shipped == [second.info.run_id] != [first.info.run_id]
+
+
+def test_a_study_may_do_without_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[Sequence[str]] = []
+    monkeypatch.setattr(execute, "_run", lambda command, *_: commands.append(command))
+    monkeypatch.setenv("PASNET_LOCKS", str(tmp_path))
+    config = TrainConfig(model=ModelConfig(num_classes=3), data=DataConfig(shards="shards"))
+    job = SimpleNamespace(folder=str(tmp_path / "job"), config=config, title="A")
+    for wish in ("1", "0"):
+        monkeypatch.setenv("PASNET_LOG_MODELS", wish)
+        execute.run_training(job, "http://127.0.0.1:9")  # type: ignore[arg-type]
+    assert [command[-1] for command in commands] == ["--log-model", "--no-log-model"]
+    assert main(["train", *commands[1][1:], "--set", "nothing=1"]) != 0  # the option is one of pasnet train's
+    monkeypatch.setenv("PASNET_LOG_MODELS", "no")
+    with pytest.raises(ConfigError, match="PASNET_LOG_MODELS must be 1 or 0, got 'no'"):
+        execute.run_training(job, "http://127.0.0.1:9")  # type: ignore[arg-type]
 
 
 def test_the_end_does_not_wait_for_a_model_nor_break_one_off(
