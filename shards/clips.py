@@ -61,9 +61,10 @@ def clip_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
 class Clips:
     """Map-style dataset: `clips[epoch, row]` is a `Clip`, `clips[row]` that of epoch 0.
 
-    `sample` chooses the frames (such as functools.partial of a function of sampling.py), `look` the part of them
-    that is shown. With `seed` None neither gets a generator: the test clip. With `crop` False the frames come whole,
-    `size` unused, and whoever gets them cuts out `view` (a GPU does it for a batch at once). Errors name the key.
+    `sample` chooses the frames (such as functools.partial of a function of sampling.py; several clips of a video come
+    one after the other), `look` the part of them that is shown. With `seed` None neither gets a generator: the test
+    clip. With `crop` False the frames come whole, `size` unused, and whoever gets them cuts out `view` (a GPU does it
+    for a batch at once). Errors name the key.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Clips:
         key = self.shards.keys[row]
         try:
             rng = None if self.seed is None else clip_rng(self.seed, epoch, key)
-            indices = self.sample(int(self.shards.num_frames[row]), rng=rng)
+            indices = np.ravel(self.sample(int(self.shards.num_frames[row]), rng=rng))
             view = self.look(*self.shards.frame_size, rng=rng)
             cut = view if self.crop else View(0, 0, *self.shards.frame_size)
             frames = self.shards.read_clip(row, indices, cut, self.size, colour=self.colour, out=out)

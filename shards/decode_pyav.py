@@ -1,8 +1,8 @@
 """The fast decoder: ffmpeg's libraries in this process, through PyAV.
 
-No process to start, no pipe to copy through: about half the cost of decode_ffmpeg.py (docs/performance.md). In return a
-file that crashes libavcodec takes the build with it (finished shards stay), and the time limit is looked at between
-packets only.
+No process to start, no pipe to copy through: about two thirds of the cost of decode_ffmpeg.py (docs/performance.md). In
+return a file that crashes libavcodec takes the build with it (finished shards stay), and the time limit is looked at
+between packets only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Many shards side by side, one process a worker, and the whole build made of them.
 
-Processes, not threads: two threads that share an interpreter and its memory map build 1.75 times as fast as one, two
-processes 1.9 times (docs/performance.md), and a file that crashes libavcodec takes one worker with it, not the caller.
+Processes, not threads: two processes build 1.8 to 1.9 times as fast as one (docs/performance.md), without sharing an
+interpreter and its memory map, and a file that crashes libavcodec takes one worker with it, not the caller.
 """
 
 from __future__ import annotations

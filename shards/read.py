@@ -224,7 +224,7 @@ class _ClipDecoder:
     """JPEGs -> crop and resize, of RGB or of the stored planes. One per thread: its buffers and codec are not shared.
 
     libjpeg-turbo (simplejpeg) is the fastest way to RGB; libavcodec hands over the planes as they are stored, without
-    the conversion and for two thirds of the cost (docs/performance.md).
+    the conversion and for a tenth less (docs/performance.md).
     """
 
     def __init__(self) -> None:

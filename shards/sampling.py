@@ -29,10 +29,11 @@ def segment_indices(num_frames: int, num_segments: int, rng: np.random.Generator
     return np.minimum(indices, num_frames - 1)  # the product may round up to num_frames
 
 
-def uniform_indices(num_frames: int, num_samples: int) -> np.ndarray:
+def uniform_indices(num_frames: int, num_samples: int, rng: np.random.Generator | None = None) -> np.ndarray:
     """Shape (num_samples,): evenly spaced from the first frame to the last, both included; one sample is the middle.
 
-    Raises ValueError unless both numbers are at least 1.
+    Nothing is drawn: `rng` is there so that a reader can call all samplers alike. Raises ValueError unless both numbers
+    are at least 1.
     """
     _check(num_frames, num_samples=num_samples)
     if num_samples == 1:
@@ -54,10 +55,13 @@ def dense_indices(
     return (start + np.arange(clip_len, dtype=np.int64) * stride) % num_frames
 
 
-def multi_clip_indices(num_frames: int, clip_len: int, stride: int, num_clips: int) -> np.ndarray:
+def multi_clip_indices(
+    num_frames: int, clip_len: int, stride: int, num_clips: int, rng: np.random.Generator | None = None
+) -> np.ndarray:
     """Shape (num_clips, clip_len): stretches as in `dense_indices`, spread evenly from the video's start to its end.
 
-    One clip is the middle one. Raises ValueError unless all numbers are at least 1.
+    One clip is the middle one. Nothing is drawn, as in `uniform_indices`. Raises ValueError unless all numbers are at
+    least 1.
     """
     _check(num_frames, clip_len=clip_len, stride=stride, num_clips=num_clips)
     room = max(num_frames - ((clip_len - 1) * stride + 1), 0)

@@ -216,7 +216,7 @@ class _Epoch(IterableDataset):  # type: ignore[misc]  # torch's, or webdataset's
                 if stream.split is not None and meta[f"split{stream.split}"] != stream.subset:
                     continue
                 rng = None if stream.seed is None else clip_rng(stream.seed, self.epoch, key)
-                indices = stream.sample(meta["num_frames"], rng=rng)
+                indices = np.ravel(stream.sample(meta["num_frames"], rng=rng))
                 view = stream.look(meta["height"], meta["width"], rng=rng)
                 jpegs = split_frames(sample)
                 checks: list[int] = meta.get("frame_crc32", [])

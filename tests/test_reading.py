@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -439,6 +440,29 @@ class TestStream:
                     shard_urls(f"{base}/nothing")
             finally:
                 server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("sample", "count"),
+    [
+        (functools.partial(segment_indices, num_segments=3), 3),
+        (functools.partial(uniform_indices, num_samples=3), 3),
+        (functools.partial(dense_indices, clip_len=2, stride=2), 2),
+        (functools.partial(multi_clip_indices, clip_len=2, stride=1, num_clips=3), 6),
+        (functools.partial(eco_indices, num_segments=3, mode="val"), 3),
+    ],
+)
+@pytest.mark.parametrize("seed", [None, 0])
+def test_every_sampling_goes_with_both_readers(shard_folder: Path, sample: Any, count: int, seed: int | None) -> None:
+    store = open_shards(shard_folder)
+    clips = Clips(store, sample, size=(32, 32), seed=seed)
+    stream = ClipStream(shard_urls(shard_folder), sample, size=(32, 32), seed=seed)
+    streamed = {clip.key: clip for _, clip in stream.clips(epoch=0, workers=0)}
+    assert sorted(streamed) == sorted(store.keys)
+    for row, key in enumerate(store.keys):
+        clip = clips[0, row]
+        assert clip.frames.shape == (count, 3, 32, 32) and clip.indices.shape == (count,)
+        assert (clip.indices == streamed[key].indices).all() and (clip.frames == streamed[key].frames).all()
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
