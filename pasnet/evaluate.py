@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,10 +74,10 @@ class Part(NamedTuple):
 class Unfinished:
     """The batches of an evaluation under way, on disk, so that one that is killed goes on after them.
 
-    Each process keeps its own beside `path`, all after the same batch: whenever one of them is `due`, and when one is
-    asked to stop, which ends the evaluation. `identity` must name the weights and the clips; what is of another one, or
-    of another number of processes, is not taken up. `first` is called before anything is written: the weights must be
-    safe before what they gave is.
+    Each process keeps its own beside `path`, all after the same batch: every `minutes`, the first time that long after
+    `since` (of time.monotonic(), default now), and when one is asked to stop, which ends the evaluation. `identity`
+    must name the weights and the clips; what is of another one, or of another number of processes, is not taken up.
+    `first` is called before anything is written: the weights must be safe before what they gave is.
     """
 
     def __init__(
@@ -86,10 +87,12 @@ class Unfinished:
         *,
         team: Processes,
         stop: threading.Event,
-        due: Callable[[], bool],
+        minutes: float,
+        since: float | None = None,
         first: Callable[[], None] = lambda: None,
     ) -> None:
-        self._path, self._team, self._stop, self._due, self._first = path, team, stop, due, first
+        self._path, self._team, self._stop, self._first = path, team, stop, first
+        self._seconds, self._kept = 60 * minutes, time.monotonic() if since is None else since
         self._mine = path.with_name(f"{path.name}.{team.rank}.pt")
         self._identity = digest([identity, team.world, team.device.type, VERSION])
 
@@ -101,12 +104,14 @@ class Unfinished:
     def between(self, parts: Sequence[Part]) -> None:
         """Between two batches: keeps those so far where it is time to. Raises StoppedError, in every process, when one
         was asked to stop."""
-        stops, dues = zip(*self._team.gather((self._stop.is_set(), self._due())), strict=True)
+        due = time.monotonic() - self._kept >= self._seconds
+        stops, dues = zip(*self._team.gather((self._stop.is_set(), due)), strict=True)
         if any(stops) or any(dues):
             self._first()
             self._team.gather(None)  # the main process may be the only one that writes there
             self._write(parts)
             self._team.gather(None)
+            self._kept = time.monotonic()
         if any(stops):
             raise StoppedError("stopped in an evaluation, whose clips so far are kept; start again to go on")
 

@@ -227,7 +227,8 @@ def _train(
             digest([identity, epoch, subset]),
             team=team,
             stop=stop,
-            due=lambda: time.monotonic() - saved >= 60 * config.checkpoint_minutes,
+            minutes=config.checkpoint_minutes,
+            since=saved,
             first=first,
         )
         found = metrics(predict(model, on, shards.keys, team, config.precision, unfinished), resamples=0)
@@ -427,19 +428,12 @@ def evaluate_checkpoint(checkpoint: Path, shards_folder: Path, out: Path) -> dic
         )
         stack.enter_context(closing(loader))
         _say_what_is_lacking(shards, team)
-        kept = time.monotonic()
-
-        def keep() -> None:
-            nonlocal kept
-            kept = time.monotonic()
-
         unfinished = Unfinished(
             Path(out) / "unfinished",
             digest([weights.sha256_of(Path(checkpoint)), shards.digest]),  # a training made anew has other numbers
             team=team,
             stop=stop,
-            due=lambda: time.monotonic() - kept >= 60 * config.checkpoint_minutes,
-            first=keep,
+            minutes=config.checkpoint_minutes,
         )
         predictions = predict(model.to(team.device), loader, shards.keys, team, config.precision, unfinished)
         if not team.main:

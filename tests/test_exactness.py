@@ -168,6 +168,20 @@ class TestInterruptions:
         assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
         assert not list((tmp_path / "parts").glob("unfinished*"))
 
+    @pytest.mark.parametrize(("minutes", "times"), [(10.0, 2), (0.0, 2 + 2 * (8 + 3))])
+    def test_nothing_is_saved_before_it_is_time_to(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float, times: int
+    ) -> None:
+        """Of 9 steps the last is saved with the evaluation: before the first of its 3 batches, and before the others."""
+        saved: list[Any] = []
+        save = training.checkpoints.save
+        monkeypatch.setattr(training.checkpoints, "save", lambda *a, **b: saved.append(b["within"]) or save(*a, **b))
+        train(
+            replace(config, {"checkpoint_minutes": minutes, "optim.batch": 1, "optim.micro_batch": 1}),
+            tmp_path,
+        )
+        assert len(saved) == times and saved.count(None) == 2
+
     def test_an_evaluation_that_is_stopped_goes_on(
         self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
