@@ -172,7 +172,7 @@ class TestInterruptions:
     def test_nothing_is_saved_before_it_is_time_to(
         self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float, times: int
     ) -> None:
-        """Of 9 steps the last is saved with the evaluation: before the first of its 3 batches, and before the others."""
+        """Of 9 steps the last is saved with the evaluation: before the first of 3 batches, and before the others."""
         saved: list[Any] = []
         save = training.checkpoints.save
         monkeypatch.setattr(training.checkpoints, "save", lambda *a, **b: saved.append(b["within"]) or save(*a, **b))
