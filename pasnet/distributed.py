@@ -11,6 +11,7 @@ import datetime
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,10 @@ def processes() -> Iterator[Processes]:
         yield Processes(rank=rank, world=world, device=device)
     finally:
         distributed.destroy_process_group()
+        if backend == "gloo":
+            # A thread of gloo's may be about to drop a tensor of the last collective, for which it needs the
+            # interpreter, and would abort the process if that were to end first: asleep, this thread lets it.
+            time.sleep(0.2)
 
 
 def without_averaging(model: nn.Module) -> contextlib.AbstractContextManager[Any]:

@@ -543,12 +543,14 @@ class TestProcesses:
         (tmp_path / "run.py").write_text(
             "import json, os, pathlib, sys\nimport pasnet.train as training\n"
             "from pasnet.config import TrainConfig, from_dict\n"
+            "sys.setswitchinterval(10)\n"  # a thread that waits for the interpreter gets it late: none may be left
             "loss = training.nn.functional.cross_entropy\n"
             "if os.environ['RANK'] == '1':\n"
             "    training.nn.functional.cross_entropy = lambda *a, **k: loss(*a, **k) * float('nan')\n"
             "config = from_dict(TrainConfig, json.loads(pathlib.Path(sys.argv[1]).read_text()))\n"
             "try:\n    training.train(config, pathlib.Path(sys.argv[2]))\n"
-            "except training.TrainingError as error:\n    print(os.environ['RANK'], error)\n"
+            "except training.TrainingError as error:\n"
+            "    sys.stdout.write(os.environ['RANK'] + f' {error}\\n')\n"  # in one piece, beside the other's
         )
         said = run_script(2, [str(tmp_path / "run.py"), str(tmp_path / "config.json"), str(tmp_path / "out")])
         assert sorted(line.split()[0] for line in said.splitlines() if "is not finite in epoch 1/2" in line) == [
