@@ -20,7 +20,7 @@ from pasnet.registry import REGISTRY
 from pasnet.study import EMBEDDED_SETS, Study, default_data, public_weights
 from shards.fetch import SOURCES
 
-Table = Literal["table-1", "table-2", "table-3", "table-4", "table-5", "figure-2", "strategies"]
+Table = Literal["table-1", "table-2", "table-3", "table-4", "table-5", "figure-2", "strategies", "equal-epochs"]
 PresetName = Literal["full", "science", "smoke", "tiny"]
 Split = Literal[1, 2, 3]
 Positive = Annotated[int, Field(ge=1)]

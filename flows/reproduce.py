@@ -61,7 +61,7 @@ def pasnet(
             sets; none means the preset's.
         out: folder for everything that is written; a second run in it does only what is missing.
         preset: "full" is the paper's size, "science" an hour on two cores, "smoke" minutes, "tiny" seconds.
-        tables: table-1 .. table-5, figure-2, and strategies (ours); none means the preset's.
+        tables: table-1 .. table-5, figure-2, and strategies and equal-epochs (ours); none means the preset's.
         fusions: styles as in Table II; none means the preset's.
         splits: official splits to run.
         seeds: seeds to run.

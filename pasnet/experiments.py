@@ -22,7 +22,7 @@ from pasnet.config import (
     fusion_style,
 )
 
-Strategy = Literal["eco", "conventional", "recent", "twice-finetune"]
+Strategy = Literal["eco", "conventional", "conventional-long", "recent", "twice-finetune"]
 Where = Literal["D0", "D1"]  # the set to learn from beforehand (the paper's Kinetics), and the target set
 DEFAULT_FUSION = "A+pool(I)+pool(F)"
 ENSEMBLE = (16, 20, 24, 28, 32)  # K of the five networks of Tables III and V, as in ECO
@@ -37,17 +37,20 @@ class Step:
 
     "w0": ECO and pose weights from elsewhere: public files; else our own ECO of D0 and our own pose network; else
     random. On D0 itself nothing of ours for ECO, which is what comes out. Of the step before, "features" are all
-    weights but the head, whose classes are others, and "everything" the head, too (A14).
+    weights but the head, whose classes are others, and "everything" the head, too (A14). A `long` one has as many
+    epochs as the two finetunings of twice-finetune together.
     """
 
     network: Literal["eco", "pas-net"]
     on: Where
     keeps: Literal["w0", "features", "everything"]
+    long: bool = False
 
 
 STRATEGIES: dict[Strategy, tuple[Step, ...]] = {
     "eco": (Step(network="eco", on="D1", keeps="w0"),),
     "conventional": (Step(network="pas-net", on="D1", keeps="w0"),),
+    "conventional-long": (Step(network="pas-net", on="D1", keeps="w0", long=True),),
     "recent": (
         Step(network="pas-net", on="D0", keeps="w0"),
         Step(network="pas-net", on="D1", keeps="features"),
@@ -68,6 +71,7 @@ QUESTIONS = {  # one MLflow experiment per question
     "table-5": "pasnet/sota",
     "figure-2": "pasnet/num-segments",
     "strategies": "pasnet/training-strategy",  # rows of ours beside Table I
+    "equal-epochs": "pasnet/training-strategy",  # Table I again
 }
 
 
@@ -341,15 +345,29 @@ def _strategies() -> list[Row]:
     ]
 
 
+def _equal_epochs() -> list[Row]:
+    """Table I where finetuning directly takes as many epochs as twice-finetune: what differs is then how it starts."""
+    remark = (
+        "as many epochs as both finetunings of twice-finetune; the paper does not say how many its conventional "
+        "finetuning had"
+    )
+    long: dict[str, Any] = {"strategy": "conventional-long", "remark": remark}
+    return [
+        dataclasses.replace(row, table="equal-epochs", **(long if row.strategy == "conventional" else {}))
+        for row in _table_1()
+    ]
+
+
 ROWS: tuple[Row, ...] = (*_table_1(), *_table_2(), *_ensembles(), *_table_4(), *_figure_2())
-EXTRA_ROWS: tuple[Row, ...] = tuple(_strategies())  # not of the paper: not among "all", only by the name of their table
+# not of the paper: not among "all", only by the names of their tables
+EXTRA_ROWS: tuple[Row, ...] = (*_strategies(), *_equal_epochs())
 
 
 def select_rows(
     tables: Sequence[str] = (), fusions: Sequence[str] = (), datasets: Sequence[str] = ()
 ) -> tuple[Row, ...]:
-    """The rows of some tables, styles and datasets; empty means all of the paper's, which "strategies" is not among.
-    Raises ConfigError for unknown names."""
+    """The rows of some tables, styles and datasets; empty means all of the paper's, which "strategies" and
+    "equal-epochs" are not among. Raises ConfigError for unknown names."""
     for table in tables:
         if table not in QUESTIONS:
             raise ConfigError(f"unknown table {table!r} (one of: {', '.join(QUESTIONS)})")
@@ -399,6 +417,13 @@ def micro_batch_for(num_segments: int) -> int:
     """
     fits = max(1, int(20_000 / (131 * num_segments)))
     return 1 << (fits.bit_length() - 1)
+
+
+def lengthened(optim: OptimConfig, by: int) -> OptimConfig:
+    """The same recipe with so many more epochs; the rate falls after the same share of them."""
+    epochs = optim.epochs + by
+    steps = tuple(round(step * epochs / optim.epochs) for step in optim.steps)
+    return dataclasses.replace(optim, epochs=epochs, steps=steps)
 
 
 def fitting(optim: OptimConfig, model: ModelConfig, num_segments: int) -> OptimConfig:

@@ -27,6 +27,7 @@ TITLES = {
     "table-5": "Table V: ensemble on HMDB-51",
     "figure-2": "Fig. 2: accuracy by number of segments",
     "strategies": "Strategies: ours, not the paper's",
+    "equal-epochs": "Table I again, finetuning directly as long as twice",
 }
 PICTURE_BYTES, PICTURES_BYTES = 250_000, 6_000_000  # of a confusion picture, and of all of them, that are put inside
 STYLE = """

@@ -49,6 +49,7 @@ from pasnet.experiments import (
     Training,
     fitting,
     in_order,
+    lengthened,
     select_rows,
     trainings_of,
 )
@@ -63,6 +64,7 @@ EMBEDDED_HMDB = "synthetic-hmdb"  # in HMDB-51's layout, which it stands in for,
 EMBEDDED_SETS = (EMBEDDED, EMBEDDED_HMDB)
 NOTHING = "none"  # for `pretrain`: no D0, whatever the preset says
 OFFICIAL = ("ucf101", "hmdb51")  # the paper's
+AT_ANY_K = ("table-1", "table-2", "strategies", "equal-epochs")  # tables that are about something else than K
 WEIGHTS = "weights"  # the folder of public weights that are given by name
 # Weights from D0 stand in for public ones: there is one set of them, whatever splits and seeds D1 is run on.
 D0_SPLIT, D0_SEED = 1, 0
@@ -124,10 +126,10 @@ class Study:
             raise ConfigError(
                 f"pretrain: no folder {self.pretrain}; give one of videos or of shards, {EMBEDDED} or {NOTHING}"
             )
-        if self.k is not None and {row.table for row in self.rows} - {"table-1", "table-2", "strategies"}:
+        if self.k is not None and {row.table for row in self.rows} - set(AT_ANY_K):
             raise ConfigError(
                 "num_segments replaces the paper's K, which tables 3, 4, 5 and figure 2 are about; "
-                "give it with tables table-1, table-2 and strategies"
+                f"give it with tables {', '.join(AT_ANY_K)}"
             )
         for name in self.overrides:
             if name.startswith(
@@ -224,7 +226,11 @@ class Study:
             ),
             seed=seed,
         )
-        return replace(config, dict(self.overrides))
+        config = replace(config, dict(self.overrides))
+        if STRATEGIES[training.strategy][-1].long:
+            first = replace(dataclasses.replace(config, optim=size.eco_optim), dict(self.overrides)).optim
+            config = dataclasses.replace(config, optim=lengthened(config.optim, by=first.epochs))
+        return config
 
     @property
     def root(self) -> Path:
