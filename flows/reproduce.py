@@ -25,7 +25,6 @@ from flows.obtain import obtain
 from flows.parameters import Positive, PresetName, Seed, Split, Table, check
 from flows.prepare import prepare, prepare_d0, videos
 from pasnet import tracking
-from pasnet.config import ConfigError
 from pasnet.execute import RUNNING, StudyError, idle, trainings_at_once
 from pasnet.planning import lines, plan
 from pasnet.results import collect, finish, links_page
@@ -86,8 +85,9 @@ def pasnet(
     if asked.fetch:
         with stage("fetch", seconds):
             obtain([], asked.weights_to_fetch, asked.mirrors or ())  # what all rows want, and the smaller files
-            lost = obtain(asked.datasets_to_fetch, [], asked.mirrors or ())
-    if left := [source for source in asked.sources if source not in lost]:
+            gone = obtain(asked.datasets_to_fetch, [], asked.mirrors or ())
+            lost = {Path(folder).name: f"not fetched: {reason}" for folder, reason in gone.items()}
+    if left := [source for source in asked.sources if Path(source).name not in lost]:
         asked = asked.model_copy(update={"data": left})
     else:
         raise StudyError("; ".join(lost.values()))
@@ -99,9 +99,9 @@ def pasnet(
         used = used_sets(study, datasets, lost)
         datasets += [videos(study, source, workers) for source in study.data if source in used & set(EMBEDDED_SETS)]
     with stage("shards", seconds):
-        shards = [prepare(study, dataset, workers) for dataset in datasets if dataset.name in used]
+        shards = packed(study, [dataset for dataset in datasets if dataset.name in used], workers, lost)
         d0 = prepare_d0(study, workers)
-    todo, pose = jobs(study, shards, d0), pose_job(study, d0)
+    todo, pose = jobs(study, shards, d0, lost), pose_job(study, d0)
     uri = tracking.default_uri(study.root)
     begun, before = time.monotonic(), len(RUNNING)
     with stage("training and evaluation", seconds):
@@ -111,8 +111,7 @@ def pasnet(
         seconds["of which none of its processes ran"] = round(conducting, 1)
         print(f"  {started} processes started; {conducting / started:.2f} s each to conduct them", flush=True)
     with stage("tracking and report", seconds):
-        by_name = {Path(folder).name: reason for folder, reason in lost.items()}
-        results = collect(study, shards, todo, failures, d0, by_name)
+        results = collect(study, shards, todo, failures, d0, lost)
         page = publish(study, [*shards, *([d0] if d0 else [])], results, seconds, uri)
     create_markdown_artifact(page, key="results", description="Ours beside the paper's")
     create_markdown_artifact(links_page(study.root, uri), key="mlflow", description="The rows' runs in MLflow")
@@ -134,16 +133,30 @@ def publish(
 
 
 def used_sets(study: Study, datasets: Sequence[Dataset], lost: Mapping[str, str]) -> set[str]:
-    """Which sets the study runs on: `datasets`, and of the embedded ones, which are made only then. Raises ConfigError
-    as check_datasets does, or StudyError with the reasons where sets could not be fetched (`lost`)."""
+    """Which sets the study runs on: `datasets`, and of the embedded ones, which are made only then. Nothing stands in
+    for a set that could not be had (`lost`: {name: reason}); StudyError with the reasons where nothing is left. Raises
+    ConfigError as check_datasets does."""
     named = [(dataset.name, dataset.usable_splits) for dataset in datasets]
     named += [(source, (1, 2, 3)) for source in study.data if source in EMBEDDED_SETS]
-    try:
-        return check_datasets(study, named)
-    except ConfigError as error:
-        if not lost:
-            raise
-        raise StudyError("; ".join([*lost.values(), str(error)])) from error
+    used = check_datasets(study, [*named, *((name, (1, 2, 3)) for name in lost)]) - lost.keys()
+    if not used:
+        raise StudyError("; ".join(lost.values()))
+    return used
+
+
+def packed(study: Study, datasets: Sequence[Dataset], workers: int, lost: dict[str, str]) -> list[Shards]:
+    """The shards of each. One that cannot be packed goes into `lost` and costs its own rows alone; StudyError where
+    that leaves nothing."""
+    made = []
+    for dataset in datasets:
+        try:
+            made.append(prepare(study, dataset, workers))
+        except Exception as error:  # of any kind: too many damaged videos, a full disk
+            lost[dataset.name] = f"not packed: {str(error) or type(error).__name__}"
+            print(f"  {dataset.name}: {lost[dataset.name]}", flush=True)
+    if not made:
+        raise StudyError("; ".join(lost.values()))
+    return made
 
 
 def show_plan(study: Study) -> dict[str, Any]:

@@ -75,7 +75,7 @@ QUESTIONS = {  # one MLflow experiment per question
 }
 
 
-_SPLIT_1, _MEAN = "likely split 1", "likely a mean over three splits"  # protocols
+SPLIT_1, MEAN = "likely split 1", "likely a mean over three splits"  # protocols
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class Row:
     num_segments: tuple[int, ...] = (TABLE_K,)
     paper_top1: float | None
     paper_top5: float | None = None
-    protocol: str = _SPLIT_1
+    protocol: str = SPLIT_1
     remark: str = ""
 
     @property
@@ -175,7 +175,7 @@ def _table_1() -> list[Row]:
             fusion="A",
             strategy="eco",
             paper_top1=90.20,
-            protocol=_MEAN,
+            protocol=MEAN,
             remark=_QUOTED_ECO,
         )
     ]
@@ -217,7 +217,7 @@ def _table_2() -> list[Row]:
             strategy="eco" if fusion == "A" else "twice-finetune",
             paper_top1=top1,
             paper_top5=top5,
-            protocol=_MEAN if fusion == "A" else _SPLIT_1,
+            protocol=MEAN if fusion == "A" else SPLIT_1,
             remark=_QUOTED_ECO if fusion == "A" else "",
         )
         for fusion, (top1, top5) in numbers.items()
@@ -246,7 +246,7 @@ def _table_4() -> list[Row]:
                     strategy="eco",
                     num_segments=(k,),
                     paper_top1=eco.get((dataset, k)),
-                    protocol=_MEAN if (dataset, k) in eco else "",
+                    protocol=MEAN if (dataset, k) in eco else "",
                     remark=_QUOTED_ECO if (dataset, k) in eco else "our sources do not give the paper's number",
                 )
             )
@@ -274,7 +274,7 @@ def _figure_2() -> list[Row]:
             strategy="twice-finetune",
             num_segments=(k,),
             paper_top1=top1,
-            protocol="" if top1 is None else _SPLIT_1,
+            protocol="" if top1 is None else SPLIT_1,
             remark="" if top1 is not None else "the figure prints no value",
         )
         for dataset, by_k in _BY_K.items()

@@ -34,6 +34,7 @@ def comparisons(records: Iterable[Record]) -> list[Record]:
 
     - `higher`, `lower`: {"title", "strategy"} of the row with the larger number in the paper, and of the other
     - `paper`: that difference in percent, more than 0; `ours`: our mean difference on the same runs
+    - `epochs`: what both rows had on the target set, such as ["30 + 5", "5"], where the sums differ; else []
     - `mixed`: whether the paper's two numbers are likely of two protocols (docs/paper.md, A22)
     - `low`, `high`: its 95 % interval, None with one seed; `splits`, `seeds`: what both rows have
     - `verdict`: "as in the paper", "the other way round", "undecided" where the interval holds 0, "one seed"
@@ -60,10 +61,17 @@ def comparisons(records: Iterable[Record]) -> list[Record]:
                     groups[folder] = _groups(folder, across_classes=dataset in EMBEDDED_SETS)
                 protocols = {rows[row][0].get("paper_protocol") for row in (one, other)}
                 about = {"table": table, "dataset": dataset, "paper": paper, "mixed": len(protocols) > 1}
+                trained = [rows[row][0].get("epochs", "") for row in (one, other)]
+                about["epochs"] = trained if len(set(map(_total, trained))) > 1 else []
                 about |= _estimate(differences, groups[folder])
                 places = (("higher", one), ("lower", other))
                 found.append(about | {place: {"title": row[0], "strategy": row[1]} for place, row in places})
     return found
+
+
+def _total(epochs: str) -> int:
+    """35 of "30 + 5"; results.json of before has "" for all."""
+    return sum(map(int, epochs.split(" + "))) if epochs else 0
 
 
 def _differences(
@@ -180,6 +188,12 @@ def said(found: Sequence[Record]) -> list[str]:
             f"other way round; {count['undecided']} undecided. Pairs that share a row are not independent, and of many "
             "pairs some look decided by chance."
         )
+    if unequal := [each for each in found if each.get("epochs")]:
+        settled = sum(each["verdict"] in VERDICTS[:2] for each in unequal)
+        lines.append(
+            f"In {_number(len(unequal), 'pair')} (marked †), {settled} of them decided, the two rows have different "
+            "numbers of epochs on the target set: a difference may be one of training time alone."
+        )
     if len(judged) < len(found):
         some = "" if judged else "None is judged: "
         lines.append(
@@ -206,7 +220,7 @@ def cells(found: Iterable[Record]) -> list[tuple[str, ...]]:
             f"{each['higher']['title']}, {each['higher']['strategy']}",
             f"{each['lower']['title']}, {each['lower']['strategy']}",
             f"{each['paper']:+.2f}" + (" *" if each.get("mixed") else ""),
-            f"{each['ours']:+.2f}",
+            f"{each['ours']:+.2f}" + (" †" if each.get("epochs") else ""),
             "–" if each["low"] is None else f"{each['low']:+.2f} to {each['high']:+.2f}",
             each["verdict"],
         )

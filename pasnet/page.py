@@ -104,7 +104,7 @@ def _study(study: dict[str, Any], folder: Path, anchor: str, budget: int) -> tup
     body = [f'<h2 id="{anchor}">{escape(study["title"])}</h2>']
     body.append("<nav>" + "".join(f'<a href="#{place}">{escape(name)}</a>' for place, name in places) + "</nav>")
     for line in about(study):
-        warn = ' class="warn"' if line.startswith("**Not") else ""
+        warn = ' class="warn"' if line.startswith(("**Not", "**Ceiling")) else ""
         body.append(f"<p{warn}>{_marked(line)}</p>")
     for table in tables:
         of = [record for record in records if record["table"] == table]
@@ -184,7 +184,7 @@ def _order(found: Sequence[Record]) -> list[str]:
 def _classes(records: Sequence[Record], folder: Path, budget: int) -> tuple[list[str], int]:
     """The class table of each row's first finished run, folded, with its confusion picture while there is room."""
     body = []
-    heads = ["class", "test videos", "top-1", "top-5", "most often taken for"]
+    heads = ["class", "training videos", "test videos", "top-1", "top-5", "most often taken for"]
     for of in by_row(records).values():
         record = next((record for record in of if record["status"] == "done" and record.get("classes")), None)
         if record is None:
@@ -193,6 +193,7 @@ def _classes(records: Sequence[Record], folder: Path, budget: int) -> tuple[list
             (
                 [
                     one["name"],
+                    "–" if one.get("taught") is None else str(one["taught"]),
                     str(one["videos"]),
                     "–" if one["top1"] is None else f"{one['top1']:.1f}",
                     "–" if one["top5"] is None else f"{one['top5']:.1f}",
@@ -213,7 +214,7 @@ def _classes(records: Sequence[Record], folder: Path, budget: int) -> tuple[list
                 picture = f"<p><small>Confusion matrix: {escape(path.name)} in the run's folder.</small></p>"
         where = f"{record['dataset']}, split {record['split']}, seed {record['seed']}"
         title = escape(f"Classes: {record['title']}, {record['strategy']} ({where})")
-        classes = _table(heads, rows, numbers=(1, 2, 3), cards=False)
+        classes = _table(heads, rows, numbers=(1, 2, 3, 4), cards=False)
         body.append(f"<details><summary>{title}</summary>{picture}{classes}</details>")
     return body, budget
 

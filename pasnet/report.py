@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from pasnet import ordering
-from pasnet.experiments import QUOTED, ROWS
+from pasnet.experiments import EXTRA_ROWS, MEAN, QUOTED, ROWS, SPLIT_1
 from pasnet.summary import protocol, summaries
 
 Record = dict[str, Any]
@@ -29,6 +29,8 @@ COLUMNS = (
 )
 SUMMARY_COLUMNS = ("row", "strategy", "dataset", "K", "paper", "ours, mean", "sd", "gap", "seeds", "runs", "hours")
 BEST, WORST = 3, 5  # classes that are named for a row
+WATCHES_TEST = "plateau_on_test_as_in_eco"  # of optim.schedule
+OTHER_PROTOCOL = "* The paper's number is likely of another protocol than ours: the gap holds that difference, too."
 
 
 def results_page(studies: Sequence[dict[str, Any]]) -> str:
@@ -89,14 +91,37 @@ def about(study: dict[str, Any]) -> list[str]:
         lines.append(f"Network: {size}; {start}; trained on {device}{part}; commit `{code}`.")
     lines += _micro_batches(done)
     lines += _cost_of(done)
+    lines += _untaught(done)
     lines += [f"{study['remark']}."] if study.get("remark") else []
+    if any(record.get("params", {}).get("optim.schedule") == WATCHES_TEST for record in done):
+        lines.append(
+            f"The rate fell when accuracy on the test list had stalled (`{WATCHES_TEST}`, as in ECO-pytorch, whose "
+            "recipe the paper has): the test list decided something of the training, and numbers are a little too good."
+        )
     differs = list(dict.fromkeys(difference for record in done for difference in record["differs"]))
     if differs:
         lines.append(
             "**Not the paper's setting**: the gap says how far these numbers are from the paper's, not how good the "
             f"reproduction is. What differs: {'; '.join(differs)}."
         )
+    own = list(dict.fromkeys(difference for record in done for difference in record.get("ours", ())))
+    lines += (
+        [f"Where the paper gives nothing, other than our defaults (docs/paper.md): {'; '.join(own)}."] if own else []
+    )
     return lines
+
+
+def _untaught(done: Sequence[Record]) -> list[str]:
+    """Test videos of classes that no video was there to learn from, which bounds what any row can reach."""
+    places: dict[tuple[str, int], tuple[int, int]] = {}
+    for record in done:
+        if record.get("untaught_videos"):  # results.json of before has none
+            places[record["dataset"], record["split"]] = (record["untaught_videos"], record["test_videos"])
+    return [
+        f"**Ceiling** of {dataset}, split {split}: {untaught} of {test} test videos are of classes without a training "
+        f"video here, which no row can have learnt; the others are {100 * (test - untaught) / test:.2f} %."
+        for (dataset, split), (untaught, test) in places.items()
+    ]
 
 
 def _micro_batches(done: Sequence[Record]) -> list[str]:
@@ -153,9 +178,10 @@ def not_run(study: dict[str, Any]) -> list[str]:
             lines.append(f"{row}: {record['status']}: {record['reason']}.")
     asked = {(r["table"], r["title"], r["strategy"], r["paper_dataset"]) for r in records}
     left: dict[str, list[str]] = {}
-    for of in ROWS:
+    for of in (*ROWS, *EXTRA_ROWS):
         if (of.table, of.title, of.strategy, of.dataset) not in asked:
-            left.setdefault(of.table, []).append(f"{of.title}, {of.strategy}, {of.dataset}")
+            table = of.table if of in ROWS else f"{of.table} (ours, not a table of the paper's)"
+            left.setdefault(table, []).append(f"{of.title}, {of.strategy}, {of.dataset}")
     lines += [f"{table}: not asked for: {'; '.join(names)}." for table, names in left.items()]
     lines += [f"{narrowed}."] if (narrowed := study.get("narrowed")) else []
     lines += [f"{of.table}: quoted by the paper, not run: {of.what}." for of in QUOTED]
@@ -183,6 +209,9 @@ def remarks(records: Sequence[Record]) -> list[str]:
         if of := record.get("paper_protocol"):
             protocols.setdefault(of, {})[name(record)] = None
     lines = [f"{title}: {remark}." for title, remark in said.items()]
+    splits = {record["split"] for record in records}
+    if any(_other(record.get("paper_protocol"), of) for record in records for of in ([record["split"]], splits)):
+        lines.append(OTHER_PROTOCOL)
     return lines + [f"Paper's protocol, {of}: {'; '.join(titles)}." for of, titles in protocols.items()]
 
 
@@ -274,7 +303,7 @@ def summary_cells(summary: Record) -> list[str]:
         paper,
         of_two(summary["mean"]["top1"], summary["mean"]["top5"]),
         "–" if sd is None else f"{sd:.2f} over {summary['n']} {summary['sd_over']}",
-        of_two(summary["gap"], summary.get("gap_top5"), "+.2f"),
+        of_two(summary["gap"], summary.get("gap_top5"), "+.2f") + _star(summary, summary["splits"]),
         f"{seeds} ({out})" if out else seeds,
         str(summary["runs"]),
         f"{summary['seconds'] / 3600:.3f}",
@@ -282,15 +311,12 @@ def summary_cells(summary: Record) -> list[str]:
 
 
 def _order_section(found: Sequence[Record], table: str) -> list[str]:
-    """The paper's order of a table's rows beside ours; of the pairs, those that are decided."""
+    """The paper's order of a table's rows beside ours, with every pair."""
     if not found:
         return []
-    decided = [of for of in found if of["verdict"] in ordering.VERDICTS[:2]]
     lines = ["", f"#### {table}: the paper's order and ours", "", *(f"- {line}" for line in ordering.said(found))]
-    if decided:
-        lines += ["", "| " + " | ".join(ordering.COLUMNS) + " |", "|---" * len(ordering.COLUMNS) + "|"]
-        lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in ordering.cells(decided)]
-    return lines
+    lines += ["", "| " + " | ".join(ordering.COLUMNS) + " |", "|---" * len(ordering.COLUMNS) + "|"]
+    return lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in ordering.cells(found)]
 
 
 def _class_table(done: Sequence[Record], table: str) -> list[str]:
@@ -305,14 +331,15 @@ def _class_table(done: Sequence[Record], table: str) -> list[str]:
         "",
         f"#### {table}: classes",
         "",
-        f"The best {BEST} and worst {WORST} classes by top-1 (and what the worst were most often taken for), from the",
-        "first finished run of each row; all of them are in its evaluation/per_class.csv, beside confusion.png.",
+        f"The best {BEST} and worst {WORST} classes by top-1 (and what the worst were most often taken for), of those",
+        "with training videos, from the first finished run of each row; all of them are in its",
+        "evaluation/per_class.csv, beside confusion.png.",
         "",
         "| row | strategy | dataset, split, seed | best | worst |",
         "|---|---|---|---|---|",
     ]
     for record in shown.values():
-        tested = [of for of in record["classes"] if of["videos"]]
+        tested = [of for of in record["classes"] if of["videos"] and of.get("taught") != 0]
         ranked = sorted(tested, key=lambda of: -of["top1"])  # stable: of equal classes the first comes first
         best = ranked[: min(BEST, len(ranked) // 2)]
         worst = ranked[len(best) :][::-1][:WORST]
@@ -336,6 +363,15 @@ def of_two(top1: float | None, top5: float | None, form: str = ".2f") -> str:
     return "–" if top1 is None else format(top1, form) + ("" if top5 is None else f" ({format(top5, form)})")
 
 
+def _other(protocol: str | None, splits: Collection[int]) -> bool:
+    """Whether the paper's number is likely of another protocol than a mean of ours over these splits."""
+    return (protocol == MEAN and len(splits) == 1) or (protocol == SPLIT_1 and set(splits) != {1})
+
+
+def _star(of: Record, splits: Collection[int]) -> str:
+    return " *" if of["gap"] is not None and _other(of.get("paper_protocol"), splits) else ""
+
+
 def cells_of(record: Record) -> dict[str, str]:
     """A record's numbers as text."""
     paper = of_two(record["paper_top1"], record.get("paper_top5"))
@@ -350,7 +386,7 @@ def cells_of(record: Record) -> dict[str, str]:
         "paper": paper,
         "ours": of_two(record["top1"], record["top5"]),
         "interval": f"{record['top1_low']:.1f} to {record['top1_high']:.1f}",
-        "gap": of_two(record["gap"], record.get("gap_top5"), "+.2f"),
+        "gap": of_two(record["gap"], record.get("gap_top5"), "+.2f") + _star(record, [record["split"]]),
         "best": "–" if record["best_on_test"] is None else f"{record['best_on_test']:.2f}",
         "hours": f"{record['seconds'] / 3600:.3f}",
         "run": f"`{record['run'][:8]}`" if record.get("run") else "–",

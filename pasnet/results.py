@@ -8,7 +8,9 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from pasnet import tracking, weights
 from pasnet.config import (
@@ -29,6 +31,7 @@ from pasnet.report import results_page, table_csv, table_page
 from pasnet.study import D0_EMBEDDED, EMBEDDED_SETS, Job, Shards, Study, dataset_for, trainings_for
 from pasnet.tracking import TrackingError, record_rows
 
+SUBSETS: tuple[Literal["train", "test"], ...] = ("train", "test")
 PATHS = (
     "data.shards",
     "init.parent",
@@ -39,6 +42,18 @@ PATHS = (
 NOTE = 8000  # characters; MLflow's limit for a tag
 # settings in which a run may differ from our defaults and still be in the paper's setting
 FREE = ("model.num_classes", "data.shards", "data.split", "data.workers", "optim.micro_batch", "seed")
+# settings that the paper gives; it says nothing of the others (docs/paper.md)
+GIVEN = (
+    "model.width",
+    "model.dropout",
+    "data.num_segments",
+    "data.input_size",
+    "data.train_fraction",
+    "data.held_out",
+    "optim.lr",
+    "optim.momentum",
+    "optim.weight_decay",
+)
 
 
 def collect(
@@ -51,20 +66,21 @@ def collect(
 ) -> list[dict[str, Any]]:
     """One record per row x split x seed, made from what lies in the folders. A row that was not run, or one of whose
     trainings is in `failures` ({folder: reason}), says so instead of giving a number; so does one whose dataset is in
-    `lost` ({name: reason}), which could not be fetched."""
+    `lost` ({name: reason}), which could not be fetched or packed."""
+    lost = lost or {}
     by_folder = {job.folder: job for job in made}
     by_place = {(job.training, job.config.data.split, job.config.seed): job for job in by_folder.values()}
     records = []
     for row in study.rows:
-        name = dataset_for(row, [of.dataset for of in shards])
+        name = dataset_for(row, [*(of.dataset for of in shards), *lost])
         of = next((of for of in shards if of.dataset == name), None)
         for split in study.splits:
             for seed in study.seeds:
-                members = [by_place[training, split, seed] for training in trainings_for(study, row, shards, d0)]
+                members = [by_place[training, split, seed] for training in trainings_for(study, row, shards, d0, lost)]
                 lines = [_line_of(member, by_folder) for member in members]
                 record = _result(study, row, of, split, seed, lines, failures)
-                if of is None and row.dataset in (lost or {}):
-                    record |= {"status": "failed", "reason": f"not fetched: {(lost or {})[row.dataset]}"}
+                if name is not None and name in lost:
+                    record |= {"status": "failed", "reason": lost[name]}
                 if record["status"] == "done":
                     record |= _behind(lines)
                 records.append(record)
@@ -135,6 +151,8 @@ def _result(
     gap = None if row.paper_top1 is None else round(numbers["top1"] - row.paper_top1, 2)
     gap_top5 = None if row.paper_top5 is None else round(numbers["top5"] - row.paper_top5, 2)
     config, data = members[0].config, members[0].config.data
+    differs, ours = _differences(study, row, of, members)
+    taught = _taught(of, data)
     start = ", ".join(_starts(study, members[0]))
     return {
         **record,
@@ -142,7 +160,8 @@ def _result(
         "id": f"{row.name} split{split} seed{seed} {digest([[Path(job.folder).name for job in members], numbers])}",
         "start": start,
         "weights": _weights(study, lines[0]),
-        "differs": _differences(study, row, of, members),
+        "differs": differs,
+        "ours": ours,
         "width": config.model.width,
         "input_size": data.input_size,
         "train_fraction": data.train_fraction,
@@ -160,7 +179,9 @@ def _result(
         "history": json.loads((Path(members[0].folder) / "history.json").read_text("utf-8"))
         if len(members) == 1
         else [],
-        "classes": _classes(members),
+        "classes": _classes(members, taught),
+        "test_videos": sum(test for _, test in taught.values()),
+        "untaught_videos": sum(test for train, test in taught.values() if not train),
         "params": {
             **{name: value for name, value in flatten(to_dict(config)).items() if name not in PATHS},
             "dataset": of.dataset,
@@ -225,8 +246,9 @@ def _weights(study: Study, line: Sequence[Job]) -> dict[str, str]:
     }
 
 
-def _differences(study: Study, row: Row, of: Shards, members: Sequence[Job]) -> list[str]:
-    """What keeps a result from being one in the paper's setting, as far as our defaults are that setting."""
+def _differences(study: Study, row: Row, of: Shards, members: Sequence[Job]) -> tuple[list[str], list[str]]:
+    """What keeps a result from being one in the paper's setting, and what differs from our defaults where the paper
+    gives nothing."""
     found = [] if of.dataset == row.dataset else [f"{of.dataset} instead of {row.dataset}"]
     found += [f"{of.missing} listed videos missing"] if of.missing else []
     found += [f"{of.failed} videos could not be decoded"] if of.failed else []
@@ -244,6 +266,7 @@ def _differences(study: Study, row: Row, of: Shards, members: Sequence[Job]) -> 
         found += [] if known else ["pose weights are not the published ones"]
     elif first.config.model.needs_pose and first.training.strategy != "recent":
         found.append("random start of the pose network")
+    own: list[str] = []
     for k, job in zip(row.num_segments, members, strict=True):
         usual = TrainConfig(
             model=ModelConfig(num_classes=1, fusion=FusionConfig(style=row.fusion)),
@@ -252,8 +275,22 @@ def _differences(study: Study, row: Row, of: Shards, members: Sequence[Job]) -> 
         expected = flatten(to_dict(usual))
         for name, value in flatten(to_dict(job.config)).items():
             if value != expected[name] and name not in FREE and not name.startswith("init."):
-                found.append(f"{name} {value} instead of {expected[name]}")
-    return list(dict.fromkeys(found))
+                (found if name in GIVEN else own).append(f"{name} {value} instead of {expected[name]}")
+    return list(dict.fromkeys(found)), list(dict.fromkeys(own))
+
+
+def _taught(of: Shards, data: DataConfig) -> dict[str, tuple[int, int]]:
+    """{class: (videos it is trained on, test videos)}; empty where the shards are not there."""
+    if not (Path(of.folder) / "index.parquet").is_file():
+        return {}
+    from pasnet.data import open_shards, rows_of
+
+    shards = open_shards(Path(of.folder))
+    counts = [
+        np.bincount(shards.labels[rows_of(shards, data, subset)], minlength=len(shards.class_names)).tolist()
+        for subset in SUBSETS
+    ]
+    return dict(zip(shards.class_names, zip(*counts, strict=True), strict=True))
 
 
 def _metrics(members: Sequence[Job]) -> dict[str, float]:
@@ -268,14 +305,15 @@ def _metrics(members: Sequence[Job]) -> dict[str, float]:
     return metrics(ensemble([Predictions.load(file) for file in files], names=[str(file) for file in files]))
 
 
-def _classes(members: Sequence[Job]) -> list[dict[str, Any]]:
-    """Every class of a row that is one network, as pasnet/predictions.py: ClassResult; none for an ensemble."""
+def _classes(members: Sequence[Job], taught: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
+    """Every class of a row that is one network, as pasnet/predictions.py: ClassResult, with the number of its training
+    videos (None where the shards are not there); none for an ensemble."""
     if len(members) > 1:
         return []
     from pasnet.predictions import read_per_class
 
     found = read_per_class(Path(members[0].folder) / "evaluation" / "per_class.csv")
-    return [dataclasses.asdict(of) for of in found]
+    return [{**dataclasses.asdict(of), "taught": taught[of.name][0] if of.name in taught else None} for of in found]
 
 
 def finish(
@@ -358,7 +396,7 @@ def _with_earlier(
     def holds(record: Mapping[str, Any]) -> bool:
         if record["status"] not in ("done", "failed") or place(record) in asked:
             return False
-        if "shard_digest" not in record:  # its dataset could not be fetched
+        if "shard_digest" not in record:  # its dataset could not be fetched or packed
             return True
         digest_now = known.get(record["dataset"], earlier.get(record["dataset"]))
         there = record["status"] == "failed" or all(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -379,10 +379,12 @@ def check_datasets(study: Study, datasets: Sequence[tuple[str, Sequence[int]]]) 
     return used
 
 
-def trainings_for(study: Study, row: Row, shards: Sequence[Shards], d0: Shards | None = None) -> tuple[Training, ...]:
-    """The networks that a row needs here; none when the study has no dataset for it."""
-    dataset = dataset_for(row, [of.dataset for of in shards])
-    if dataset is None:
+def trainings_for(
+    study: Study, row: Row, shards: Sequence[Shards], d0: Shards | None = None, lost: Collection[str] = ()
+) -> tuple[Training, ...]:
+    """The networks that a row needs here; none when the study has no dataset for it, or lost it."""
+    dataset = dataset_for(row, [*(of.dataset for of in shards), *lost])
+    if dataset is None or dataset in lost:
         return ()
     return study.at_k(trainings_of(row, dataset, study.source(row, d0.dataset if d0 else None)))
 
@@ -405,13 +407,16 @@ def pose_job(study: Study, d0: Shards | None) -> PoseJob | None:
 SIZES = {"model.width": "width", "data.input_size": "input_size"}  # the pose network's, where they are overridden
 
 
-def jobs(study: Study, shards: Sequence[Shards], d0: Shards | None = None) -> tuple[Job, ...]:
-    """Every training that the study needs, parents first; those on D0 once, whatever splits and seeds there are.
+def jobs(
+    study: Study, shards: Sequence[Shards], d0: Shards | None = None, lost: Collection[str] = ()
+) -> tuple[Job, ...]:
+    """Every training that the study needs, parents first; those on D0 once, whatever splits and seeds there are. None
+    for rows of a dataset that could not be had (`lost`, names).
 
     Raises ConfigError as `check_datasets` does, since videos that could not be decoded may have emptied a subset, and
     for a D0 that is one of the datasets, or has no split 1.
     """
-    check_datasets(study, [(of.dataset, of.splits) for of in shards])
+    check_datasets(study, [*((of.dataset, of.splits) for of in shards), *((name, (1, 2, 3)) for name in lost)])
     by_name = {of.dataset: of for of in shards}
     if d0 is not None:
         if d0.dataset in by_name or d0.digest in {of.digest for of in shards if of.folder}:
@@ -420,7 +425,7 @@ def jobs(study: Study, shards: Sequence[Shards], d0: Shards | None = None) -> tu
             raise ConfigError(f"pretrain: {d0.dataset} has no train or no test videos in split {D0_SPLIT}")
         by_name[d0.dataset] = d0
     pose = pose_job(study, d0)
-    wanted = in_order(training for row in study.rows for training in trainings_for(study, row, shards, d0))
+    wanted = in_order(training for row in study.rows for training in trainings_for(study, row, shards, d0, lost))
     made: dict[tuple[Training, int, int], Job] = {}
 
     def place(training: Training, split: int, seed: int) -> tuple[Training, int, int]:

@@ -15,7 +15,17 @@ from typing import Any
 
 Record = dict[str, Any]
 METRICS = ("top1", "top5", "mean_class")
-GROUP = ("table", "title", "strategy", "fusion", "paper_dataset", "dataset", "paper_top1", "paper_top5")
+GROUP = (
+    "table",
+    "title",
+    "strategy",
+    "fusion",
+    "paper_dataset",
+    "dataset",
+    "paper_top1",
+    "paper_top5",
+    "paper_protocol",
+)
 
 
 def summaries(records: Iterable[Record]) -> list[Record]:

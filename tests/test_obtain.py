@@ -11,11 +11,12 @@ from typing import Any, cast
 import pytest
 
 from flows import obtain as obtain_module
+from flows import reproduce as reproduce_module
 from flows.obtain import _may_pass, _Shown, fetch_dataset, fetch_weights, obtain
-from flows.reproduce import used_sets
+from flows.reproduce import packed, used_sets
 from pasnet.config import ConfigError
 from pasnet.execute import StudyError
-from pasnet.study import Study
+from pasnet.study import Shards, Study
 from pasnet.weights import WeightsError
 from shards import Dataset
 from shards.unpack import FetchError, UnreachableError
@@ -132,8 +133,8 @@ def test_weights_that_could_not_be_fetched_raise_when_all_have_ended(monkeypatch
 def test_a_set_that_could_not_be_fetched_is_the_reason_why_nothing_runs() -> None:
     found = [cast(Dataset, SimpleNamespace(name="ucf101", usable_splits=(1, 2, 3)))]
     study = Study(tables=("table-5",), data=("data/ucf101",))
-    with pytest.raises(StudyError, match="refused, 6 times; no row of table-5 runs on ucf101"):
-        used_sets(study, found, {"data/hmdb51": "refused, 6 times"})
+    with pytest.raises(StudyError, match=r"^not fetched: refused, 6 times$"):
+        used_sets(study, found, {"hmdb51": "not fetched: refused, 6 times"})
     with pytest.raises(ConfigError, match="no row of table-5"):
         used_sets(study, found, {})
 
@@ -143,6 +144,21 @@ def test_embedded_sets_that_no_row_runs_on_are_not_made() -> None:
     assert used_sets(Study(tables=("table-2",), data=both), [], {}) == {"synthetic"}
     assert used_sets(Study(tables=("table-5",), data=both), [], {}) == {"synthetic-hmdb"}
     assert used_sets(Study(preset="smoke"), [], {}) == set(both)
+
+
+def test_a_set_that_cannot_be_packed_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(study: Study, dataset: Dataset, workers: int) -> Shards:
+        if dataset.name != "ucf101":
+            raise OSError("no space left")
+        return cast(Shards, "shards of ucf101")
+
+    monkeypatch.setattr(reproduce_module, "prepare", prepare)
+    found = [cast(Dataset, SimpleNamespace(name=name)) for name in ("hmdb51", "ucf101")]
+    lost: dict[str, str] = {}
+    assert packed(Study(), found, 2, lost) == ["shards of ucf101"]
+    assert lost == {"hmdb51": "not packed: no space left"}
+    with pytest.raises(StudyError, match=r"^not packed: no space left$"):
+        packed(Study(), found[:1], 2, {})
 
 
 # Shown

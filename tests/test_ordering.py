@@ -67,6 +67,19 @@ def test_numbers_of_two_protocols_are_marked(tmp_path: Path) -> None:
     assert [row[2] for row in cells(found)] == ["+20.00 *", "+10.00 *", "+10.00"]
 
 
+def test_pairs_of_unequal_epochs_are_marked(tmp_path: Path) -> None:
+    epochs = {"A": "30 + 5", "B": "5", "C": "35"}
+    rows = [
+        {**record, "epochs": epochs[title]}
+        for title, paper, hits in (("A", 90, (140, 141)), ("B", 80, (100, 101)), ("C", 70, (99, 102)))
+        for record in seeds_of(tmp_path, title, paper, hits)
+    ]
+    found = comparisons(rows)
+    assert [of["epochs"] for of in found] == [["30 + 5", "5"], [], ["5", "35"]]
+    assert [row[3].endswith(" †") for row in sorted(cells(found))] == [True, False, True]
+    assert any("In 2 pairs (marked †), 1 of them decided, the two rows have different" in line for line in said(found))
+
+
 def test_one_seed_is_not_judged(tmp_path: Path) -> None:
     [pair] = comparisons([run(tmp_path, "A", 90, share(180)), run(tmp_path, "B", 80, share(20))])
     assert (pair["ours"], pair["verdict"], pair["low"]) == (80.0, "one seed", None)
@@ -166,5 +179,6 @@ def test_the_page_says_what_is_decided_and_no_more(tmp_path: Path) -> None:
     study["results"] = [{**of, **blank} for of in rows]
     page = results_page([study])
     assert "| A, twice-finetune | B, twice-finetune | +10.00 | -20.00 |" in page
-    assert "| A, twice-finetune | C, twice-finetune |" not in page  # undecided: counted, not listed
-    assert "| A, twice-finetune | D, twice-finetune |" not in page
+    assert "| A, twice-finetune | C, twice-finetune | +20.00 | +0.50 | -1.88 to +2.88 | undecided |" in page
+    assert "†" not in page
+    assert "| A, twice-finetune | D, twice-finetune | +80.00 | +45.00 | – | one seed |" in page

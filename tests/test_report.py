@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from PIL import Image
 
 from pasnet.charts import Bar, bars
 from pasnet.cli import main
-from pasnet.config import ModelConfig
+from pasnet.config import ConfigError, ModelConfig
 from pasnet.confusion import draw
+from pasnet.data import open_shards
 from pasnet.experiments import PRESETS
 from pasnet.figures import (
     comparable,
@@ -36,6 +38,7 @@ from pasnet.report import remarks, results_page
 from pasnet.results import _request, _with_earlier, collect, finish
 from pasnet.study import Job, Shards, Study, jobs
 from pasnet.tracking import TrackingError
+from shards import build, find_dataset, scan
 
 COUNTS = {f"split{split}": {"train": 200, "test": 80} for split in (1, 2, 3)}
 UCF = (
@@ -59,7 +62,7 @@ CLASSES = [
 ]
 
 
-def finished(job: Job, top1: float) -> None:
+def finished(job: Job, top1: float, classes: Sequence[ClassResult] = CLASSES) -> None:
     """A training that is done, as far as a report looks."""
     folder = Path(job.folder)
     (folder / "evaluation").mkdir(parents=True)
@@ -73,7 +76,7 @@ def finished(job: Job, top1: float) -> None:
     }
     (folder / "evaluation" / "metrics.json").write_text(json.dumps(numbers))
     lines = ["class,videos,top1,top5,confused_with,confused"]
-    lines += [",".join(map(str, dataclasses.astuple(of))) for of in CLASSES]
+    lines += [",".join(map(str, dataclasses.astuple(of))) for of in classes]
     (folder / "evaluation" / "per_class.csv").write_text("\n".join(lines))
     names = [of.name for of in CLASSES]
     draw(np.eye(5, dtype=int) * 20, names, "t", folder / "evaluation" / "confusion.png")
@@ -439,11 +442,76 @@ def test_budgets_and_hours_are_said(tmp_path: Path) -> None:
 
 def test_a_dataset_that_was_not_fetched_fails_its_rows(tmp_path: Path) -> None:
     asked = Study(out=str(tmp_path), tables=("table-4",))
-    made = jobs(asked, UCF)
+    lost = {"hmdb51": "not fetched: no server\nanswers"}
+    made = jobs(asked, UCF, lost=lost)
+    assert made == jobs(asked, UCF)
     for job in made:
         finished(job, 90.0)
-    records = collect(asked, UCF, made, {}, lost={"hmdb51": "no server\nanswers"})
+    records = collect(asked, UCF, made, {}, lost=lost)
     by_set = {(record["paper_dataset"], record["status"]) for record in records}
     assert by_set == {("ucf101", "done"), ("hmdb51", "failed")}
     content = {"title": "t", "shards": [], "results": records}
     assert "failed: not fetched: no server answers |" in results_page([content])
+
+
+def test_nothing_stands_in_for_a_dataset_that_is_lost(tmp_path: Path) -> None:
+    both = ("data/ucf101", "synthetic")
+    asked = Study(out=str(tmp_path), tables=("table-1",), data=both)
+    stand_in = [dataclasses.replace(UCF[0], dataset="synthetic")]
+    with pytest.raises(ConfigError, match="synthetic would stand in for ucf101, but ucf101 does"):
+        jobs(asked, stand_in, lost=("ucf101",))
+    asked = Study(out=str(tmp_path), tables=("table-1", "table-4"), data=(*both[:1], "synthetic-hmdb"))
+    hmdb = [dataclasses.replace(UCF[0], dataset="synthetic-hmdb")]
+    made = jobs(asked, hmdb, lost=("ucf101",))
+    assert {job.training.dataset for job in made} == {"synthetic-hmdb"}
+    for job in made:
+        finished(job, 90.0)
+    lost = {"ucf101": "not packed: 14 of 20 videos failed"}
+    by_set = {(r["paper_dataset"], r["status"], r.get("reason")) for r in collect(asked, hmdb, made, {}, lost=lost)}
+    assert by_set == {("ucf101", "failed", lost["ucf101"]), ("hmdb51", "done", None)}
+
+
+def test_what_no_row_can_have_learnt_is_said(videos: Path, tmp_path: Path) -> None:
+    """One class of three without a training video: a third of the test list is out of reach."""
+    copied = shutil.copytree(videos, tmp_path / "data")
+    for listed in sorted(copied.rglob("trainlist01.txt")):
+        lines = listed.read_text().splitlines()
+        gone = lines[0].partition("/")[0]
+        listed.write_text("".join(f"{line}\n" for line in lines if not line.startswith(f"{gone}/")))
+    build(scan(*find_dataset(copied)), tmp_path / "shards", num_shards=1)
+    of = dataclasses.replace(Shards.of(tmp_path / "shards"), dataset="ucf101")
+    asked = Study(out=str(tmp_path / "out"), tables=("table-2",), fusions=("A",))
+    [made] = jobs(asked, [of])
+    names = open_shards(tmp_path / "shards").class_names
+    finished(made, 66.0, [dataclasses.replace(one, name=name) for one, name in zip(CLASSES, names, strict=False)])
+    records = collect(asked, [of], [made], {})
+    [record] = records
+    tested = {one["name"]: one["taught"] for one in record["classes"]}
+    assert tested[gone] == 0 and set(tested.values()) != {0}
+    assert 0 < record["untaught_videos"] == record["test_videos"] / 3
+    content = {"title": "t", "shards": [], "results": records}
+    page = results_page([content])
+    assert f"**Ceiling** of ucf101, split 1: {record['untaught_videos']} of {record['test_videos']} test videos" in page
+    assert "the others are 66.67 %" in page
+    [row] = [line for line in page.splitlines() if line.startswith("| A | eco | ucf101, 1, 0 |") and "(as " in line]
+    assert gone not in row  # it is no class that the network is bad at
+    assert "Ceiling" not in results_page([{**content, "results": [{**record, "untaught_videos": 0}]}])
+
+
+def test_a_gap_between_two_protocols_is_marked(tmp_path: Path) -> None:
+    asked = Study(out=str(tmp_path), tables=("table-2",), fusions=("A", "I"), splits=(1, 2))
+    made = jobs(asked, UCF)
+    for job in made:
+        finished(job, 90.0)
+    records = collect(asked, UCF, made, {})
+    page = results_page([{"title": "t", "shards": [], "results": records}])
+
+    def gaps(start: str, column: int) -> list[str]:
+        rows = [line.split(" | ") for line in page.splitlines() if line.startswith(start) and "–" not in line[:9]]
+        return [row[column] for row in rows if len(row) > column and re.match(r"[+-]\d", row[column])]
+
+    assert gaps("| A | eco | ucf101, 1, 0 |", 7) == ["-0.20 *"]  # the paper's is likely a mean over three splits
+    assert [gap.endswith(" *") for gap in gaps("| I | twice-finetune | ucf101, 1, 0 |", 7)] == [False]
+    assert [gap.endswith(" *") for gap in gaps("| I | twice-finetune | ucf101, 2, 0 |", 7)] == [True]
+    assert gaps("| A | eco | ucf101 |", 7) == ["-0.20"]  # the mean over splits
+    assert page.count("- * The paper's number is likely of another protocol") == 1

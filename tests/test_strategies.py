@@ -85,16 +85,31 @@ class TestTable:
         assert steps == {
             "eco": [("eco", "D1", "w0")],
             "conventional": [("pas-net", "D1", "w0")],
+            "conventional-long": [("pas-net", "D1", "w0")],
             "recent": [("pas-net", "D0", "w0"), ("pas-net", "D1", "features")],
             "twice-finetune": [("eco", "D1", "w0"), ("pas-net", "D1", "everything")],
         }
 
     def test_the_papers_rows_are_39_trainings_and_the_extra_rows_are_not_among_them(self) -> None:
         assert len(trainings(ROWS)) == len(trainings(select_rows())) == 39
-        assert not {row.strategy for row in ROWS} & {"recent"}
-        assert {row.strategy for row in EXTRA_ROWS} == {"recent"} and all(row.paper_top1 is None for row in EXTRA_ROWS)
-        assert select_rows(["strategies"]) == EXTRA_ROWS and not set(select_rows(["table-1"])) & set(EXTRA_ROWS)
-        assert {row.fusion for row in EXTRA_ROWS} == {"A+1*1conv", "Conv(A,I)", "Conv(A,I,F)"}
+        assert not {row.strategy for row in ROWS} & {"recent", "conventional-long"}
+        recent = select_rows(["strategies"])
+        assert {row.strategy for row in recent} == {"recent"} and all(row.paper_top1 is None for row in recent)
+        assert select_rows(["strategies", "equal-epochs"]) == EXTRA_ROWS
+        assert not set(select_rows(["table-1"])) & set(EXTRA_ROWS)
+        assert {row.fusion for row in recent} == {"A+1*1conv", "Conv(A,I)", "Conv(A,I,F)"}
+
+    def test_equal_epochs_is_table_1_where_finetuning_directly_takes_as_long(self) -> None:
+        made = {
+            (row.fusion, row.strategy.removesuffix("-long")): row.paper_top1 for row in select_rows(["equal-epochs"])
+        }
+        assert made == {(row.fusion, row.strategy): row.paper_top1 for row in select_rows(["table-1"])}
+        for overrides, epochs, steps in (({}, 35, (28,)), ({"optim.epochs": 6}, 12, (8,))):
+            asked = Study(preset="science", tables=("equal-epochs",), overrides=overrides)
+            configs = {job.training.strategy: job.config.optim for job in jobs(asked, (shards("synthetic", 12),), D0)}
+            long, twice, eco = (configs[name] for name in ("conventional-long", "twice-finetune", "eco"))
+            assert long.epochs == twice.epochs + eco.epochs == epochs and long.steps == steps
+            assert replace(long, epochs=twice.epochs, steps=twice.steps) == twice
 
     @pytest.mark.parametrize("source", [None, Source(dataset="d0", num_segments=4)])
     def test_parents_follow_from_the_table(self, source: Source | None) -> None:
@@ -119,9 +134,11 @@ class TestTable:
         wanted = [t for row in (*EXTRA_ROWS, *ROWS) for t in trainings_of(row, row.dataset, source)]
         order = in_order(wanted)
         place = {training: index for index, training in enumerate(order)}
-        assert len(place) == len(order) == 39 + 1 + 3 + 3  # ECO on D0 once; PAS-Net on D0 and then on D1, by style
+        assert (
+            len(place) == len(order) == 39 + 1 + 3 + 3 + 3
+        )  # ECO on D0 once; PAS-Net on D0 and then on D1, by style; the long ones
         assert all(place[t.parent] < place[t] for t in order if t.parent)
-        assert [t.on for t in order] == ["D0"] * 4 + ["D1"] * 42  # what is learnt beforehand is learnt before all else
+        assert [t.on for t in order] == ["D0"] * 4 + ["D1"] * 45  # what is learnt beforehand is learnt before all else
         assert sum(t.strategy == "eco" and t.on == "D0" for t in order) == 1
 
 
