@@ -1,4 +1,4 @@
-"""`python -m benchmarks [build|read|index|loop|all]`: data path and training loop, as JSON and tables.
+"""`python -m benchmarks [build|read|index|loop|study|all]`: data path, training loop and conductor, as JSON and tables.
 
 `python -m benchmarks models ...` is benchmarks/model_speed.py, the networks; that file runs alone, too.
 `python -m benchmarks page` writes docs/performance.md from the JSON that is there.
@@ -23,6 +23,8 @@ from benchmarks import harness
 from pasnet.provenance import commit
 from shards import find_dataset
 
+PARTS = ("build", "read", "index", "loop", "study")
+
 
 def main() -> None:
     """Runs the parts asked for and writes a JSON file for each."""
@@ -37,7 +39,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="speed of the data path against peers")
     parser.epilog = "models: the networks, see models --help; page: docs/performance.md from the JSON that is there"
-    parser.add_argument("part", nargs="?", choices=("build", "read", "index", "loop", "all"), default="all")
+    parser.add_argument("part", nargs="?", choices=(*PARTS, "all"), default="all")
     parser.add_argument("--data", type=Path, help="dataset folder; default: generated videos")
     parser.add_argument("--videos", type=int, default=24, help="how many of them (evenly spread); 0: all")
     parser.add_argument("--rounds", type=int, default=5)
@@ -48,7 +50,7 @@ def main() -> None:
         arguments.data = arguments.data.absolute()
     with harness.scratch_folder() as scratch:
         harness.use_ffmpeg(arguments.ffmpeg, scratch / "bin")
-        parts = ("build", "read", "index", "loop") if arguments.part == "all" else (arguments.part,)
+        parts = PARTS if arguments.part == "all" else (arguments.part,)
         for part in parts:
             content, name = run(part, arguments, scratch / part)
             harness.report(content, arguments.out / f"{name}.json")
@@ -65,6 +67,11 @@ def run(part: str, arguments: argparse.Namespace, scratch: Path) -> tuple[dict[s
 
         content = shards_index.run(arguments.rounds, scratch)
         name = "shards-index"
+    elif part == "study":
+        from benchmarks import study
+
+        content = study.run(arguments.rounds, scratch)
+        name = "study"
     else:
         dataset = harness.videos(arguments.data, arguments.videos, scratch)
         folder = arguments.data or scratch / "synthetic"

@@ -17,10 +17,17 @@ from typing import Any, NamedTuple
 from benchmarks.harness import QUIET, RESULTS, TRIES, family
 from benchmarks.shards_build import HEIGHT, WIDTH, X264, name_of
 from benchmarks.shards_read import PLANES, RAW
+from benchmarks.study import PEAK, STUDY
 from benchmarks.train_loop import LOOP, SHARES
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
-PARTS = {"build": "building", "read": "reading", "index": "the index", "train-loop": "the training loop"}
+PARTS = {
+    "build": "building",
+    "read": "reading",
+    "index": "the index",
+    "train-loop": "the training loop",
+    "study": "the study",
+}
 # What older results are results of: until which day, which part, what it did otherwise
 CHANGES = (
     ("2026-11-25", "build", "several workers of a build were threads of one process; now each is a process"),
@@ -63,7 +70,13 @@ def render(results: Path = RESULTS) -> str:
     data = [result for result in found if result.part != "models"]
     models = [result for result in found if result.part == "models"]
     blocks = [*head(data), *(bounds_section(data) if data else [])]
-    for part, section in (("build", building), ("read", reading), ("index", index), ("train-loop", looping)):
+    for part, section in (
+        ("build", building),
+        ("read", reading),
+        ("index", index),
+        ("train-loop", looping),
+        ("study", conducting),
+    ):
         if of := [result for result in data if result.part == part]:
             blocks += section(of)
     for part in dict.fromkeys(result.part for result in data if result.part not in PARTS):
@@ -502,6 +515,31 @@ def looping(of: Sequence[Result]) -> Iterator[str]:
                 )
                 for row in rows(result, LOOP)
             ],
+        )
+
+
+def conducting(of: Sequence[Result]) -> Iterator[str]:
+    """benchmarks/study.py, machine by machine."""
+    yield "## The study"
+    yield prose(
+        "`python -m benchmarks study`: what `make smoke` runs, from nothing and then with nothing left to do.",
+        "*Conducting* is the time of its training and evaluation stage in which none of the commands that it starts",
+        "is running; those commands alone are the peer. With nothing left to do, all of the time is Prefect's,",
+        "MLflow's, and what it takes to find everything done.",
+    )
+    for result in of:
+        yield f"### The study on {result.machine}"
+        full = result.content["full"]
+        yield prose(
+            f"{result.content['what']}. A full reproduction has {full['processes']} processes; to conduct them takes",
+            f"{number(full['conducting_seconds'])} s at that cost, and the {number(full['pflop'])} PFLOP of their work",
+            "at the rate that NVIDIA gives for an H100, which no training comes near, would take",
+            f"{number(full['pflop'] * 1e15 / PEAK / 3600)} hours.",
+        )
+        names = ("prefect_tasks", "processes", "conducting_seconds")
+        yield table(
+            (STUDY, "seconds", *(name.replace("_", " ") for name in names)),
+            [(peer(row), number(row["seconds"]), *(row.get(name) for name in names)) for row in rows(result, STUDY)],
         )
 
 

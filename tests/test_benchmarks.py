@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import train_loop
+from benchmarks import study, train_loop
 from benchmarks.harness import RESULTS, family
 from benchmarks.page import PAGE, prose, render
 from pasnet import train as training
@@ -179,3 +180,35 @@ def test_the_loops_share_is_of_its_steps(shard_folder: Path, tmp_path: Path, mon
     monkeypatch.setattr(training, "_close", lambda *a, **named: time.sleep(0.5) or slow(*a, **named))
     longer = train_loop.measure(config, clips, device, tmp_path / "longer")
     assert longer["share_outside_forward_and_backward"] > 0.5  # passes of milliseconds, also on a busy machine
+
+
+def test_what_a_study_costs_beside_its_work(tmp_path: Path) -> None:
+    def ran(seconds: float, tasks: int, processes: int, stage: float, idle: float | None) -> dict[str, Any]:
+        stages = {"training and evaluation": stage} | ({} if idle is None else {study.IDLE: idle})
+        return {"seconds": seconds, "stages": stages, "tasks": tasks, "processes": processes}
+
+    first = [ran(seconds, 60, 20, 300.0, idle) for seconds, idle in ((500.0, 30.0), (650.0, 10.0), (400.0, 20.0))]
+    again = [ran(seconds, 40, 0, 5.0, None) for seconds in (31.0, 10.0, 20.0)]
+    full = {"trainings": [{}] * 39, "totals": {"pflop": 40_000.0}}
+    found = study.content(first, again, full)
+    assert [row["seconds"] for row in found["tables"][study.STUDY]] == [500.0, 20.0, 280.0]
+    measured = {line["bound"]: (line["measured"], line["met"]) for line in found["bounds"]}
+    share = 78 * 1.0 / (40_000 / 989 * 1000)
+    assert list(measured.values()) == [(500.0, True), (20.0, True), (0.5, True), (1.0, True), (round(share, 5), True)]
+    late = study.content([ran(700.0, 60, 20, 300.0, 60.0)], [ran(100.0, 40, 0, 5.0, None)], full)
+    assert [line["met"] for line in late["bounds"]] == [False, False, False, False, True]
+
+    machine = {"cpu": "Some(R) Kind", "cores": 2, "memory_gib": 8, "system": "s", "python": "3", "ffmpeg": "7"}
+    about = {"date": "2026-11-26", "rounds": 3, "load_before_and_after": [0, 1], "versions": {}}
+    (tmp_path / "study-some-kind.json").write_text(json.dumps({**machine, **about, **found}))
+    page = render(tmp_path)
+    assert "| **ours, with nothing left to do** | 20.0 | 40 | 0 | – |" in page
+    assert "has 78 processes; to conduct them takes 78.0 s" in " ".join(page.split())
+
+
+def test_prefects_tasks_are_counted(tmp_path: Path) -> None:
+    assert study._tasks(tmp_path) == 0
+    with sqlite3.connect(tmp_path / "prefect.db") as connection:
+        connection.execute("create table task_run (id text)")
+        connection.executemany("insert into task_run values (?)", [("a",), ("b",)])
+    assert study._tasks(tmp_path) == 2

@@ -1,0 +1,110 @@
+"""What the whole study costs beside its work: `make smoke` from nothing, and once more with nothing left to do.
+
+Each round is the product's own command with a Prefect home of its own. The commands that it starts (training,
+evaluation) are the peer: the time in which none of them runs is what it costs to conduct them. Where nothing is left to
+do, all of the time is the conductor's, Python's and Prefect's start included, and is told per task. The share of a full
+reproduction is an upper bound: its processes (`pasnet plan`) at that cost, against the time in which a GPU would do
+their multiplications at PEAK.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import bound
+from pasnet.planning import plan
+from pasnet.study import Study
+
+STUDY = "a study on two small sets"
+PEAK = 989e12  # FLOP/s of dense bf16 products that NVIDIA's data sheet gives an H100 SXM; no training comes near
+IDLE = "of which none of its processes ran"  # of flows/reproduce.py's seconds
+
+
+def flow(scratch: Path) -> dict[str, Any]:
+    """One run of the study: seconds by the clock, and by stage; how many tasks Prefect ran and processes we started."""
+    home = scratch / "prefect"
+    home.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, "PREFECT_HOME": str(home), "PASNET_LOCKS": str(scratch)}
+    env.pop("PREFECT_API_URL", None)
+    before = _tasks(home)
+    command = [sys.executable, "-m", "flows", "--preset", "smoke", "--out", str(scratch / "out")]
+    started = time.perf_counter()
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout[-1000:]} {done.stderr[-2000:]}")
+    stages = json.loads((scratch / "out" / "results.json").read_text("utf-8"))["seconds"]
+    said = [line for line in done.stdout.splitlines() if " processes started; " in line]
+    processes = int(said[0].split()[0]) if said else 0
+    return {"seconds": seconds, "stages": stages, "tasks": _tasks(home) - before, "processes": processes}
+
+
+def _tasks(home: Path) -> int:
+    """Task runs that Prefect has on record."""
+    database = home / "prefect.db"
+    if not database.is_file():
+        return 0
+    with sqlite3.connect(database) as connection:
+        return int(connection.execute("select count(*) from task_run").fetchone()[0])
+
+
+def run(rounds: int, scratch: Path) -> dict[str, Any]:
+    """Every round from nothing, and again; medians."""
+    first, again = [], []
+    for number in range(rounds):
+        folder = scratch / str(number)
+        first.append(flow(folder))
+        again.append(flow(folder))
+        print(f"  round {number + 1}: {first[-1]['seconds']:.0f} s, again {again[-1]['seconds']:.1f} s", flush=True)
+    return content(first, again, plan(Study(data=("ucf101", "hmdb51"))))
+
+
+def content(first: list[dict[str, Any]], again: list[dict[str, Any]], full: dict[str, Any]) -> dict[str, Any]:
+    """Tables and bounds of runs as of `flow`, and of the plan of a full reproduction."""
+    rows = []
+    for name, of in (("ours, from nothing", first), ("ours, with nothing left to do", again)):
+        idle = [one["stages"].get(IDLE) for one in of]
+        rows.append(
+            {
+                "peer": name,
+                "seconds": _median([one["seconds"] for one in of]),
+                "prefect_tasks": of[0]["tasks"],
+                "processes": of[0]["processes"],
+                "conducting_seconds": None if None in idle else _median(idle),
+                "rounds_seconds": [round(one["seconds"], 1) for one in of],
+            }
+        )
+    working = [one["stages"]["training and evaluation"] - one["stages"][IDLE] for one in first]
+    rows.append({"peer": "its training and evaluation commands", "seconds": _median(working)})
+    each = statistics.median(one["stages"][IDLE] / one["processes"] for one in first)
+    task = statistics.median(one["seconds"] / one["tasks"] for one in again)
+    processes = 2 * len(full["trainings"])  # each with its evaluation
+    share = processes * each / (full["totals"]["pflop"] * 1e15 / PEAK)
+    return {
+        "what": "`python -m flows --preset smoke`, each round into a folder and a Prefect home of its own",
+        "tables": {STUDY: rows},
+        "full": {
+            "processes": processes,
+            "pflop": full["totals"]["pflop"],
+            "conducting_seconds": round(processes * each, 1),
+        },
+        "bounds": [
+            bound("smoke, from nothing, <= 600 s", rows[0]["seconds"], lambda seconds: seconds <= 600),
+            bound("a study with nothing left to do <= 30 s", rows[1]["seconds"], lambda seconds: seconds <= 30),
+            bound("of that, per Prefect task < 2 s", round(task, 2), lambda seconds: seconds < 2),
+            bound("conducting a process of the study < 2 s", round(each, 2), lambda seconds: seconds < 2),
+            bound("conducting, of a full reproduction at an H100's peak < 1 %", round(share, 5), lambda of: of < 0.01),
+        ],
+    }
+
+
+def _median(values: list[float]) -> float:
+    return round(statistics.median(values), 1)
