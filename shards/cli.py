@@ -46,7 +46,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
     make.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1 to 100")
     make.add_argument("--shard-mib", type=int, default=256, help="about how large a shard is")
     make.add_argument("--num-shards", type=int, help="instead of --shard-mib")
-    make.add_argument("--max-failed", type=float, default=0.01, help="share of damaged videos that fails the build")
+    make.add_argument(
+        "--max-failed", type=float, default=0.01, help="share of damaged videos that fails the build; 0: any"
+    )
     make.add_argument("--retry-failed", action="store_true", help="try videos again that could not be decoded")
     make.add_argument("--timeout", type=float, default=900.0, help="seconds for one video")
     make.add_argument("--max-mib", type=int, default=256, help="of JPEGs for one video")

@@ -335,8 +335,8 @@ def finish(
     """Writes index.parquet, failures.parquet and manifest.json; returns the manifest.
 
     Shards of an earlier plan are removed, so that a reader of `shard-*.tar` sees each video once. Raises BuildError if
-    a planned shard is not there, or if more than `max_failed` of the videos (a share, 0 to 1; one video is always
-    forgiven) could not be decoded: then the data, or the decoder, is not what it should be.
+    a planned shard is not there, or if more than `max_failed` of the videos (a share, 0 to 1; above 0, one video
+    is always forgiven) could not be decoded: then the data, or the decoder, is not what it should be.
     """
     out = Path(out)
     parts = []
@@ -352,7 +352,7 @@ def finish(
     failed = sorted((failure for part in parts for failure in part["failures"]), key=lambda row: row["video"])
     write_parquet(out / "failures.parquet", failed, FAILURES_SCHEMA)
     total = len(dataset.videos)
-    if not records or len(failed) > max(1, max_failed * total):
+    if not records or len(failed) > (max(1, max_failed * total) if max_failed else 0):
         first = failed[0]
         raise BuildError(
             f"{len(failed)} of {total} videos could not be decoded (limit {max_failed:.1%}), such as "

@@ -858,6 +858,17 @@ class TestVerifyAndRepair:
             build(dataset, tmp_path, replace(SETTINGS, timeout=0.001), num_shards=2, max_failed=1.0)
         assert build(dataset, tmp_path, num_shards=2)["failed"] == 0
 
+    @pytest.mark.parametrize("limit", [0.0, 0.01])
+    def test_one_damaged_video_is_forgiven_unless_none_is(self, videos: Path, tmp_path: Path, limit: float) -> None:
+        copied = shutil.copytree(videos, tmp_path / "data")
+        sorted((copied / "videos").rglob("*.avi"))[0].write_bytes(b"damaged")
+        dataset = scan(*find_dataset(copied))
+        if limit:
+            assert build(dataset, tmp_path / "out", num_shards=2, max_failed=limit)["failed"] == 1
+        else:
+            with pytest.raises(BuildError, match=r"1 of 12 videos could not be decoded \(limit 0\.0%\)"):
+                build(dataset, tmp_path / "out", num_shards=2, max_failed=limit)
+
     def test_a_full_disk_is_foreseen(self, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
