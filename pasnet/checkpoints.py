@@ -22,8 +22,9 @@ from pasnet.config import ConfigError, TrainConfig, digest, flatten, from_dict, 
 from pasnet.data import ShardSet, rows_of
 from pasnet.models.pasnet import PASNet, build
 
-# Part of every run's identity. Raise it when a change to networks, data or training changes what comes out, so that
-# finished runs are not taken for new ones.
+# Part of every run's identity, in the place of a version of the code, which would train all of a study again for a
+# changed comment. Raise it when a change to networks, data or training changes what comes out, so that finished runs
+# are not taken for new ones; tests/test_golden.py fails for a change that forgets to.
 NUMERICS = 3
 FREE = ("data.shards", "data.workers", "checkpoint_minutes", "optim.checkpoint_pose")  # of which it is no part
 # Datasets that have videos in common: an official one with itself, packed twice, and J-HMDB with what it is part of.

@@ -186,7 +186,12 @@ def study_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
         "--data", action="append", default=[], help="folder, synthetic or synthetic-hmdb; again for more"
     )
     parser.add_argument("--out", default="", help="folder of everything that is written")
-    parser.add_argument("--tables", nargs="*", default=[], help="table-1 to table-5, figure-2; default: the preset's")
+    parser.add_argument(
+        "--tables",
+        nargs="*",
+        default=[],
+        help="table-1 to table-5, figure-2, and of ours strategies and equal-epochs; default: the preset's",
+    )
     parser.add_argument("--fusions", nargs="*", default=[], help="styles as in Table II; default: the preset's")
     parser.add_argument("--splits", nargs="*", default=["1"], metavar="SPLIT", help="of 1, 2 and 3, or all; default: 1")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])

@@ -20,6 +20,9 @@ import pytest
 from pasnet.synth import SynthConfig, generate
 from shards import build, ffmpeg_exe, find_dataset, scan
 
+VIDEOS = SynthConfig(num_classes=3, groups=4, frames=(8, 12), seed=5)  # x 1 clip a group
+SHARDS = 8
+
 
 @pytest.fixture(scope="session")
 def ffmpeg() -> str:
@@ -28,15 +31,14 @@ def ffmpeg() -> str:
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory, ffmpeg: str) -> Path:
-    """3 classes x 4 groups x 1 clip of 8 to 12 frames, in UCF-101's layout."""
-    out = tmp_path_factory.mktemp("synthetic")
-    return generate(out, SynthConfig(num_classes=3, groups=4, frames=(8, 12), seed=5), ffmpeg=ffmpeg)
+    """VIDEOS, in UCF-101's layout."""
+    return generate(tmp_path_factory.mktemp("synthetic"), VIDEOS, ffmpeg=ffmpeg)
 
 
 @pytest.fixture(scope="session")
 def shard_folder(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shards")
-    build(scan(*find_dataset(videos)), out, num_shards=8)
+    build(scan(*find_dataset(videos)), out, num_shards=SHARDS)
     return out
 
 

@@ -1,4 +1,8 @@
-"""One seeded training step and one seeded forward pass, as they came out when tests/golden was written.
+"""One seeded training step, one seeded forward pass and one short training, as they came out when tests/golden was
+written.
+
+A study takes a finished training for its own as long as pasnet/checkpoints.py has the same NUMERICS. Who changes what
+comes out of a training must raise it: the short training is held to the number that it was written under.
 
 `python -m tests.test_golden` in the repository root writes tests/golden anew, for a change that is meant to change
 numbers; the commit says why.
@@ -7,6 +11,7 @@ numbers; the commit says why.
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +19,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pasnet.config import FUSION_TITLES, FusionConfig, ModelConfig
+from pasnet.checkpoints import NUMERICS
+from pasnet.config import (
+    FUSION_TITLES,
+    DataConfig,
+    FusionConfig,
+    InitConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from pasnet.models.pasnet import PASNet, build, parameter_groups
+from pasnet.predictions import Predictions
+from pasnet.synth import generate
+from pasnet.train import evaluate_checkpoint, train
+from shards import build as build_shards
+from shards import ffmpeg_exe, find_dataset, scan
 
 GOLDEN = Path(__file__).parent / "golden" / "networks.json"
+TRAINING = GOLDEN.with_name("training.json")
 LABELS = torch.tensor([0, 3])
 
 
@@ -66,15 +86,47 @@ def statistics(style: str) -> dict[str, Any]:
     }
 
 
-def close(found: Any, expected: Any, where: str) -> None:
+def training_of(shards: Path, out: Path) -> dict[str, Any]:
+    """A training of ECO and of PAS-Net from there, through the loop itself: losses by epoch, how far each part's
+    weights went, and the test list's probabilities. Little is learnt, lest rounding comes to decide."""
+    found: dict[str, Any] = {}
+    for style, parent in (("A", ""), ("Conv(A,I,F)", "A")):
+        config = TrainConfig(
+            model=ModelConfig(num_classes=3, width=0.125, fusion=FusionConfig(style=style)),
+            data=DataConfig(shards=str(shards), num_segments=3, input_size=64, workers=0),
+            optim=OptimConfig(epochs=2, lr=1e-4, batch=8, micro_batch=4, schedule="steps", steps=(1,)),
+            init=InitConfig(parent=str(out / parent / "last.pt") if parent else ""),
+        )
+        torch.manual_seed(config.seed)
+        before = build(config.model).state_dict()
+        before |= torch.load(config.init.parent, weights_only=True)["model"] if parent else {}
+        train(config, out / style)
+        history = json.loads((out / style / "history.json").read_text("utf-8"))
+        tensors = torch.load(out / style / "last.pt", weights_only=True)["model"]
+        moved: dict[str, float] = {}
+        for name, _ in build(config.model).named_parameters():
+            module = name.partition(".")[0]
+            moved[module] = moved.get(module, 0.0) + (tensors[name] - before[name]).double().pow(2).sum().item()
+        evaluate_checkpoint(out / style / "last.pt", shards, out=out / style / "evaluation")
+        predictions = Predictions.load(out / style / "evaluation" / "predictions.parquet")
+        found[style] = {
+            "train_loss": [record["train_loss"] for record in history],
+            "moved": {module: square**0.5 for module, square in moved.items()},
+            "probabilities": predictions.probabilities.tolist(),
+        }
+    return found
+
+
+def close(found: Any, expected: Any, where: str, within: float = 1e-3) -> None:
     """Equal to 1e-3: what processors and versions of torch may differ by, and far less than an error would."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for name in expected:
-            close(found[name], expected[name], f"{where}.{name}")
+            close(found[name], expected[name], f"{where}.{name}", within)
     else:
         left, right = torch.tensor(found), torch.tensor(expected)
-        assert torch.allclose(left, right, rtol=1e-3, atol=1e-3 * right.abs().max().item()), (where, found, expected)
+        near = torch.allclose(left, right, rtol=within, atol=within * right.abs().max().item())
+        assert near, (where, found, expected)
 
 
 @pytest.mark.parametrize("style", FUSION_TITLES)
@@ -82,6 +134,25 @@ def test_a_seeded_step_is_what_it_was(style: str) -> None:
     close(statistics(style), json.loads(GOLDEN.read_text("utf-8"))[style], style)
 
 
+def test_a_short_training_is_what_it_was_under_this_numerics(shard_folder: Path, tmp_path: Path) -> None:
+    expected = json.loads(TRAINING.read_text("utf-8"))
+    assert expected.pop("numerics") == NUMERICS, "NUMERICS was raised: write tests/golden anew, see above"
+    try:
+        close(training_of(shard_folder, tmp_path), expected, "training", within=4e-2)  # what rounding came to
+    except AssertionError as error:
+        raise AssertionError(
+            f"a training gives other numbers than under NUMERICS = {NUMERICS} before: if that is meant, raise it in "
+            f"pasnet/checkpoints.py and write tests/golden anew ({error})"
+        ) from None
+
+
 if __name__ == "__main__":
     GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_text(json.dumps({style: statistics(style) for style in FUSION_TITLES}, indent=1) + "\n", "utf-8")
+    from tests import conftest
+
+    with tempfile.TemporaryDirectory() as scratch:
+        videos = generate(Path(scratch) / "videos", conftest.VIDEOS, ffmpeg=ffmpeg_exe())
+        build_shards(scan(*find_dataset(videos)), Path(scratch) / "shards", num_shards=conftest.SHARDS)
+        trained = training_of(Path(scratch) / "shards", Path(scratch))
+    TRAINING.write_text(json.dumps({"numerics": NUMERICS, **trained}, indent=1) + "\n", "utf-8")
