@@ -55,8 +55,9 @@ serve: install  ## MLflow's pages for RUN (default: the smoke run) on http://127
 	    --python .venv-bench/bin/python --compile-bytecode -r benchmarks/requirements.txt
 	@touch $@
 
-bench: .venv-bench/.installed  ## benchmarks, with their peers, into benchmarks/results/ and docs/performance.md
+bench: install .venv-bench/.installed  ## benchmarks, with their peers, into benchmarks/results/ and docs/performance.md
 	@.venv-bench/bin/python -m benchmarks $(if $(DATA),--data "$(DATA)")
+	@$(BIN)/python -m benchmarks study --rounds 3
 	@.venv-bench/bin/python -m benchmarks page
 
 clean:  ## removes the environment and caches; runs/ stays

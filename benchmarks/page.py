@@ -219,7 +219,8 @@ def head(data: Sequence[Result]) -> Iterator[str]:
     yield prose(
         "`python -m benchmarks [build|read|index|loop|all] --data FOLDER` (`make bench DATA=FOLDER`, which writes this",
         "page, too) runs the data path against named peers, and the training loop: alternated in a new order every",
-        "round, a ratio within each round, medians over rounds. CPU time (user + system of the process tree) where one",
+        "round, a ratio within each round, medians over rounds. (The study is not alternated: `python -m benchmarks",
+        "study` has a process tree of its own as the peer.) CPU time (user + system of the process tree) where one",
         "process works; the clock where several do, and then a sample in which other processes used more than",
         f"{100 * QUIET:.0f} % of the machine is taken again, up to {TRIES - 1} times. The peers live in an environment",
         "of their own (`benchmarks/requirements.txt`); one that is not installed is listed as not run. The JSON holds",

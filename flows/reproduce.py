@@ -81,16 +81,16 @@ def pasnet(
         return show_plan(asked.planned())
     trainings_at_once()  # a bad value is better found before the videos are decoded
     seconds: dict[str, float] = {}
-    lost: dict[str, str] = {}
+    gone: dict[str, str] = {}
     if asked.fetch:
         with stage("fetch", seconds):
             obtain([], asked.weights_to_fetch, asked.mirrors or ())  # what all rows want, and the smaller files
             gone = obtain(asked.datasets_to_fetch, [], asked.mirrors or ())
-            lost = {Path(folder).name: f"not fetched: {reason}" for folder, reason in gone.items()}
-    if left := [source for source in asked.sources if Path(source).name not in lost]:
+    lost = {Path(folder).name: f"not fetched: {reason}" for folder, reason in gone.items()}
+    if left := [source for source in asked.sources if source not in gone]:
         asked = asked.model_copy(update={"data": left})
     else:
-        raise StudyError("; ".join(lost.values()))
+        raise StudyError(in_words(lost))
     study, workers = asked.study(), asked.workers
     if study.narrowed:
         print(f"  {study.narrowed}; name others with fusions", flush=True)
@@ -118,9 +118,10 @@ def pasnet(
     if failures:
         first, reason = next(iter(failures.items()))
         failed = sum(job.folder in failures for job in todo)
-        raise StudyError(f"{failed} of {len(todo)} trainings failed, such as {first}: {reason}")
+        also = f"; {in_words(lost)}" if lost else ""
+        raise StudyError(f"{failed} of {len(todo)} trainings failed, such as {first}: {reason}{also}")
     if lost:
-        raise StudyError("; ".join(lost.values()))
+        raise StudyError(in_words(lost))
     return {"results": str(study.root / "results.json"), "seconds": seconds}
 
 
@@ -140,23 +141,32 @@ def used_sets(study: Study, datasets: Sequence[Dataset], lost: Mapping[str, str]
     named += [(source, (1, 2, 3)) for source in study.data if source in EMBEDDED_SETS]
     used = check_datasets(study, [*named, *((name, (1, 2, 3)) for name in lost)]) - lost.keys()
     if not used:
-        raise StudyError("; ".join(lost.values()))
+        raise StudyError(in_words(lost))
     return used
 
 
 def packed(study: Study, datasets: Sequence[Dataset], workers: int, lost: dict[str, str]) -> list[Shards]:
-    """The shards of each. One that cannot be packed goes into `lost` and costs its own rows alone; StudyError where
-    that leaves nothing."""
+    """The shards of each. One that cannot be packed, or of which damaged videos leave a subset without any, goes into
+    `lost` and costs its own rows alone; StudyError where that leaves nothing."""
     made = []
     for dataset in datasets:
         try:
-            made.append(prepare(study, dataset, workers))
+            of = prepare(study, dataset, workers)
+            if empty := [split for split in study.splits if split not in of.splits]:
+                raise StudyError(f"no train or no test video of split {empty[0]} could be decoded")
+            made.append(of)
         except Exception as error:  # of any kind: too many damaged videos, a full disk
             lost[dataset.name] = f"not packed: {str(error) or type(error).__name__}"
             print(f"  {dataset.name}: {lost[dataset.name]}", flush=True)
+            last = error
     if not made:
-        raise StudyError("; ".join(lost.values()))
+        raise StudyError(in_words(lost)) from last
     return made
+
+
+def in_words(lost: Mapping[str, str]) -> str:
+    """Each dataset that could not be had, and why."""
+    return "; ".join(f"{name}: {reason}" for name, reason in lost.items())
 
 
 def show_plan(study: Study) -> dict[str, Any]:

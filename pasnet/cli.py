@@ -344,14 +344,19 @@ def _list(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps([{"name": row.name, **asdict(row)} for row in rows], indent=1))
         return
+    wide = {name: max(len(getattr(row, name)) for row in rows) for name in ("table", "dataset", "title", "strategy")}
     for row in rows:
         k = ",".join(map(str, row.num_segments))
         paper = of_two(row.paper_top1, row.paper_top5)
-        said = f"{row.table:9} {row.dataset:7} {row.title:44} {row.strategy:15} K={k:15} paper {paper:13}"
+        said = " ".join(f"{getattr(row, name):{width}}" for name, width in wide.items())
+        said += f" K={k:15} paper {paper:13}"
         print(said + (f" {row.protocol}" if row.paper_top1 is not None else "").rstrip())
     tables = {row.table for row in rows}
     for quoted in (of for of in QUOTED if of.table in tables):
-        print(f"{quoted.table:9} {quoted.dataset:7} quoted by the paper, not run: {quoted.what}")
+        print(
+            f"{quoted.table:{wide['table']}} {quoted.dataset:{wide['dataset']}} "
+            f"quoted by the paper, not run: {quoted.what}"
+        )
     print(f"{len(rows)} rows, {len(trainings(rows))} trainings per split and seed")
 
 

@@ -100,7 +100,8 @@ def processes() -> Iterator[Processes]:
         distributed.destroy_process_group()
         if backend == "gloo":
             # A thread of gloo's may be about to drop a tensor of the last collective, for which it needs the
-            # interpreter, and would abort the process if that were to end first: asleep, this thread lets it.
+            # interpreter, and would abort the process if that were to end first. Asleep, this thread lets it; it can
+            # not be joined while a network, or an exception's frames, hold the group.
             time.sleep(0.2)
 
 

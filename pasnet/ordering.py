@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from pasnet.data import open_shards
+from pasnet.experiments import EXTRA_ROWS
 from pasnet.predictions import Predictions, ensemble, hits
 from pasnet.study import EMBEDDED_SETS
 
@@ -62,7 +63,7 @@ def comparisons(records: Iterable[Record]) -> list[Record]:
                 protocols = {rows[row][0].get("paper_protocol") for row in (one, other)}
                 about = {"table": table, "dataset": dataset, "paper": paper, "mixed": len(protocols) > 1}
                 trained = [rows[row][0].get("epochs", "") for row in (one, other)]
-                about["epochs"] = trained if len(set(map(_total, trained))) > 1 else []
+                about["epochs"] = trained if all(trained) and len(set(map(_total, trained))) > 1 else []
                 about |= _estimate(differences, groups[folder])
                 places = (("higher", one), ("lower", other))
                 found.append(about | {place: {"title": row[0], "strategy": row[1]} for place, row in places})
@@ -70,8 +71,8 @@ def comparisons(records: Iterable[Record]) -> list[Record]:
 
 
 def _total(epochs: str) -> int:
-    """35 of "30 + 5"; results.json of before has "" for all."""
-    return sum(map(int, epochs.split(" + "))) if epochs else 0
+    """35 of "30 + 5"."""
+    return sum(map(int, epochs.split(" + ")))
 
 
 def _differences(
@@ -168,8 +169,10 @@ def said(found: Sequence[Record]) -> list[str]:
         return []
     same = sum(each["ours"] > 0 for each in found)
     opposite = sum(each["ours"] < 0 for each in found)
+    numbers = "The paper" if found[0]["table"] not in EXTRA_TABLES else "The paper's numbers of Table I"
+    verb = "ranks" if numbers == "The paper" else "rank"
     lines = [
-        f"The paper ranks {_number(len(found), 'pair')} of these rows. Ours have {same} in the same order, {opposite} "
+        f"{numbers} {verb} {_number(len(found), 'pair')} of these rows. Ours have {same} in the same order, {opposite} "
         f"in the other, {len(found) - same - opposite} equal (Kendall's tau {(same - opposite) / len(found):+.2f})."
     ]
     if mixed := sum(each.get("mixed", False) for each in found):
@@ -203,6 +206,7 @@ def said(found: Sequence[Record]) -> list[str]:
     return [*lines, "This holds for the data, the size of network and the start named above, and for nothing else."]
 
 
+EXTRA_TABLES = {row.table for row in EXTRA_ROWS}
 VERDICTS = ("as in the paper", "the other way round", "undecided")
 
 

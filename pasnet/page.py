@@ -27,7 +27,7 @@ TITLES = {
     "table-5": "Table V: ensemble on HMDB-51",
     "figure-2": "Fig. 2: accuracy by number of segments",
     "strategies": "Strategies: ours, not the paper's",
-    "equal-epochs": "Table I again, finetuning directly as long as twice",
+    "equal-epochs": "Table I at equal epochs: ours, not the paper's",
 }
 PICTURE_BYTES, PICTURES_BYTES = 250_000, 6_000_000  # of a confusion picture, and of all of them, that are put inside
 STYLE = """
@@ -104,7 +104,7 @@ def _study(study: dict[str, Any], folder: Path, anchor: str, budget: int) -> tup
     body = [f'<h2 id="{anchor}">{escape(study["title"])}</h2>']
     body.append("<nav>" + "".join(f'<a href="#{place}">{escape(name)}</a>' for place, name in places) + "</nav>")
     for line in about(study):
-        warn = ' class="warn"' if line.startswith(("**Not", "**Ceiling")) else ""
+        warn = ' class="warn"' if line.startswith(("**Not", "**Upper")) else ""
         body.append(f"<p{warn}>{_marked(line)}</p>")
     for table in tables:
         of = [record for record in records if record["table"] == table]
@@ -193,7 +193,7 @@ def _classes(records: Sequence[Record], folder: Path, budget: int) -> tuple[list
             (
                 [
                     one["name"],
-                    "–" if one.get("taught") is None else str(one["taught"]),
+                    "–" if one.get("train_videos") is None else str(one["train_videos"]),
                     str(one["videos"]),
                     "–" if one["top1"] is None else f"{one['top1']:.1f}",
                     "–" if one["top5"] is None else f"{one['top5']:.1f}",

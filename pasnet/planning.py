@@ -261,9 +261,7 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
         splits = ", ".join(f"{name} {count['train']}/{count['test']}" for name, count in of["subsets"].items())
         said.append(f"data: {of['dataset']}, {of['videos']} videos ({splits}), {of['state']}")
     rows = plan["rows"]
-    said.append(
-        f"rows of the paper: {rows['run']} are run" + (f", {len(rows['not_run'])} are not" if rows["not_run"] else "")
-    )
+    said.append(f"rows: {rows['run']} are run" + (f", {len(rows['not_run'])} are not" if rows["not_run"] else ""))
     said += [f"  not run: {of['row']}: {of['reason']}" for of in rows["not_run"]]
     said += [f"  {rows['narrowed']}"] if rows["narrowed"] else []
     said.append("")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -44,6 +45,7 @@ NOTE = 8000  # characters; MLflow's limit for a tag
 FREE = ("model.num_classes", "data.shards", "data.split", "data.workers", "optim.micro_batch", "seed")
 # settings that the paper gives; it says nothing of the others (docs/paper.md)
 GIVEN = (
+    *(f"model.fusion.lambda{number}" for number in (1, 2, 3, 4)),
     "model.width",
     "model.dropout",
     "data.num_segments",
@@ -53,6 +55,7 @@ GIVEN = (
     "optim.lr",
     "optim.momentum",
     "optim.weight_decay",
+    "optim.freeze_pose",
 )
 
 
@@ -152,7 +155,7 @@ def _result(
     gap_top5 = None if row.paper_top5 is None else round(numbers["top5"] - row.paper_top5, 2)
     config, data = members[0].config, members[0].config.data
     differs, ours = _differences(study, row, of, members)
-    taught = _taught(of, data)
+    counts = _videos_by_class(of.folder, of.digest, data.split, data.train_fraction, data.held_out)
     start = ", ".join(_starts(study, members[0]))
     return {
         **record,
@@ -179,9 +182,9 @@ def _result(
         "history": json.loads((Path(members[0].folder) / "history.json").read_text("utf-8"))
         if len(members) == 1
         else [],
-        "classes": _classes(members, taught),
-        "test_videos": sum(test for _, test in taught.values()),
-        "untaught_videos": sum(test for train, test in taught.values() if not train),
+        "classes": _classes(members, counts),
+        "test_videos": sum(test for _, test in counts.values()),
+        "of_unseen_classes": sum(test for train, test in counts.values() if not train),
         "params": {
             **{name: value for name, value in flatten(to_dict(config)).items() if name not in PATHS},
             "dataset": of.dataset,
@@ -279,13 +282,19 @@ def _differences(study: Study, row: Row, of: Shards, members: Sequence[Job]) -> 
     return list(dict.fromkeys(found)), list(dict.fromkeys(own))
 
 
-def _taught(of: Shards, data: DataConfig) -> dict[str, tuple[int, int]]:
-    """{class: (videos it is trained on, test videos)}; empty where the shards are not there."""
-    if not (Path(of.folder) / "index.parquet").is_file():
+@functools.cache  # rows share it, and there may be hundreds
+def _videos_by_class(
+    folder: str, digest: str, split: int, train_fraction: float, held_out: float
+) -> dict[str, tuple[int, int]]:
+    """{class: (videos it is trained on, test videos)}; empty where the shards are not there, or are other ones."""
+    if not (Path(folder) / "index.parquet").is_file():
         return {}
     from pasnet.data import open_shards, rows_of
 
-    shards = open_shards(Path(of.folder))
+    shards = open_shards(Path(folder))
+    if shards.digest != digest:
+        return {}
+    data = DataConfig(shards=folder, split=split, train_fraction=train_fraction, held_out=held_out)
     counts = [
         np.bincount(shards.labels[rows_of(shards, data, subset)], minlength=len(shards.class_names)).tolist()
         for subset in SUBSETS
@@ -305,7 +314,7 @@ def _metrics(members: Sequence[Job]) -> dict[str, float]:
     return metrics(ensemble([Predictions.load(file) for file in files], names=[str(file) for file in files]))
 
 
-def _classes(members: Sequence[Job], taught: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
+def _classes(members: Sequence[Job], counts: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
     """Every class of a row that is one network, as pasnet/predictions.py: ClassResult, with the number of its training
     videos (None where the shards are not there); none for an ensemble."""
     if len(members) > 1:
@@ -313,7 +322,9 @@ def _classes(members: Sequence[Job], taught: Mapping[str, tuple[int, int]]) -> l
     from pasnet.predictions import read_per_class
 
     found = read_per_class(Path(members[0].folder) / "evaluation" / "per_class.csv")
-    return [{**dataclasses.asdict(of), "taught": taught[of.name][0] if of.name in taught else None} for of in found]
+    return [
+        {**dataclasses.asdict(of), "train_videos": counts[of.name][0] if of.name in counts else None} for of in found
+    ]
 
 
 def finish(
@@ -377,7 +388,8 @@ def _with_earlier(
     study: Study, shards: Sequence[Shards], records: list[dict[str, Any]]
 ) -> tuple[list[Shards], list[dict[str, Any]]]:
     """With the rows of an earlier study in this folder that was asked for other ones, finished or failed: a table alone
-    takes no other table off the page. Not those of other settings or other shards, nor those that are gone."""
+    takes no other table off the page, and a dataset that could not be had this time none of its finished rows. Not
+    those of other settings or other shards, nor those that are gone."""
     written = study.root / "results.json"
     try:
         before = json.loads(written.read_text("utf-8"))
@@ -394,7 +406,8 @@ def _with_earlier(
         return tuple(record[name] for name in ("table", "title", "strategy", "paper_dataset", "split", "seed"))
 
     def holds(record: Mapping[str, Any]) -> bool:
-        if record["status"] not in ("done", "failed") or place(record) in asked:
+        again = place(record) in asked and not (place(record) in lost and record["status"] == "done")
+        if record["status"] not in ("done", "failed") or again:
             return False
         if "shard_digest" not in record:  # its dataset could not be fetched or packed
             return True
@@ -405,7 +418,9 @@ def _with_earlier(
         return there and digest_now is not None and digest_now.digest == record["shard_digest"]
 
     asked = {place(record) for record in records}
+    lost = {place(record) for record in records if record["status"] == "failed" and "shard_digest" not in record}
     kept = [record for record in before["results"] if holds(record)]
+    records = [record for record in records if place(record) not in set(map(place, kept))]
     tables = list(QUESTIONS)
     joined = sorted([*kept, *records], key=lambda record: tables.index(record["table"]))
     used = {record["dataset"] for record in kept if "dataset" in record} - known.keys()

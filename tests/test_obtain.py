@@ -133,7 +133,7 @@ def test_weights_that_could_not_be_fetched_raise_when_all_have_ended(monkeypatch
 def test_a_set_that_could_not_be_fetched_is_the_reason_why_nothing_runs() -> None:
     found = [cast(Dataset, SimpleNamespace(name="ucf101", usable_splits=(1, 2, 3)))]
     study = Study(tables=("table-5",), data=("data/ucf101",))
-    with pytest.raises(StudyError, match=r"^not fetched: refused, 6 times$"):
+    with pytest.raises(StudyError, match=r"^hmdb51: not fetched: refused, 6 times$"):
         used_sets(study, found, {"hmdb51": "not fetched: refused, 6 times"})
     with pytest.raises(ConfigError, match="no row of table-5"):
         used_sets(study, found, {})
@@ -147,18 +147,24 @@ def test_embedded_sets_that_no_row_runs_on_are_not_made() -> None:
 
 
 def test_a_set_that_cannot_be_packed_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = cast(Shards, SimpleNamespace(splits=(1, 3)))
+
     def prepare(study: Study, dataset: Dataset, workers: int) -> Shards:
         if dataset.name != "ucf101":
             raise OSError("no space left")
-        return cast(Shards, "shards of ucf101")
+        return whole
 
     monkeypatch.setattr(reproduce_module, "prepare", prepare)
     found = [cast(Dataset, SimpleNamespace(name=name)) for name in ("hmdb51", "ucf101")]
     lost: dict[str, str] = {}
-    assert packed(Study(), found, 2, lost) == ["shards of ucf101"]
+    assert packed(Study(), found, 2, lost) == [whole]
     assert lost == {"hmdb51": "not packed: no space left"}
-    with pytest.raises(StudyError, match=r"^not packed: no space left$"):
+    with pytest.raises(StudyError, match=r"^hmdb51: not packed: no space left$"):
         packed(Study(), found[:1], 2, {})
+    with pytest.raises(
+        StudyError, match=r"^ucf101: not packed: no train or no test video of split 2 could be decoded$"
+    ):
+        packed(Study(splits=(1, 2)), found[1:], 2, {})
 
 
 # Shown

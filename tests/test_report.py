@@ -384,6 +384,31 @@ def test_a_table_alone_leaves_the_others_on_the_page(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_a_dataset_that_cannot_be_had_takes_no_finished_row_off_the_page(tmp_path: Path) -> None:
+    asked = Study(out=str(tmp_path), data=("x/ucf101", "x/hmdb51"), tables=("table-4",))
+    both = (UCF[0], dataclasses.replace(UCF[0], dataset="hmdb51", digest="other"))
+
+    def run(shards: tuple[Shards, ...], lost: dict[str, str]) -> list[tuple[str, str]]:
+        made = jobs(asked, shards, lost=lost)
+        for job in made:
+            if not (Path(job.folder) / "done.json").is_file():
+                finished(job, 90.0)
+        finish(asked, shards, collect(asked, shards, made, {}, lost=lost), {}, "")
+        content = json.loads((tmp_path / "results.json").read_text("utf-8"))
+        assert [of["dataset"] for of in content["shards"]] == sorted((of.dataset for of in both), reverse=True)
+        return sorted((of["paper_dataset"], of["title"], of["status"]) for of in content["results"])
+
+    whole = run(both, {})
+    assert len(whole) == 12 and {status for _, _, status in whole} == {"done"}
+    assert run(both[:1], {"hmdb51": "not packed: another build is writing there"}) == whole
+    for folder in (tmp_path / "trainings").glob("hmdb51-*-eco-*"):
+        shutil.rmtree(folder)
+    after = run(both[:1], {"hmdb51": "not packed: no space left"})  # what is gone is not held
+    assert {title for dataset, title, status in after if status == "failed"} == {
+        f"ECO, {k} frames" for k in (8, 16, 32)
+    }
+
+
 def test_a_failed_row_stays_on_the_page(tmp_path: Path) -> None:
     def run(*tables: str, broken: bool = False) -> None:
         asked = Study(out=str(tmp_path), data=("x/ucf101",), tables=tables, fusions=("A", "Conv(A,I)"))
@@ -486,16 +511,19 @@ def test_what_no_row_can_have_learnt_is_said(videos: Path, tmp_path: Path) -> No
     finished(made, 66.0, [dataclasses.replace(one, name=name) for one, name in zip(CLASSES, names, strict=False)])
     records = collect(asked, [of], [made], {})
     [record] = records
-    tested = {one["name"]: one["taught"] for one in record["classes"]}
+    tested = {one["name"]: one["train_videos"] for one in record["classes"]}
     assert tested[gone] == 0 and set(tested.values()) != {0}
-    assert 0 < record["untaught_videos"] == record["test_videos"] / 3
+    assert 0 < record["of_unseen_classes"] == record["test_videos"] / 3
     content = {"title": "t", "shards": [], "results": records}
     page = results_page([content])
-    assert f"**Ceiling** of ucf101, split 1: {record['untaught_videos']} of {record['test_videos']} test videos" in page
+    assert (
+        f"**Upper bound** of ucf101, split 1: {record['of_unseen_classes']} of {record['test_videos']} test videos"
+        in page
+    )
     assert "the others are 66.67 %" in page
     [row] = [line for line in page.splitlines() if line.startswith("| A | eco | ucf101, 1, 0 |") and "(as " in line]
     assert gone not in row  # it is no class that the network is bad at
-    assert "Ceiling" not in results_page([{**content, "results": [{**record, "untaught_videos": 0}]}])
+    assert "Upper bound" not in results_page([{**content, "results": [{**record, "of_unseen_classes": 0}]}])
 
 
 def test_a_gap_between_two_protocols_is_marked(tmp_path: Path) -> None:
@@ -513,5 +541,6 @@ def test_a_gap_between_two_protocols_is_marked(tmp_path: Path) -> None:
     assert gaps("| A | eco | ucf101, 1, 0 |", 7) == ["-0.20 *"]  # the paper's is likely a mean over three splits
     assert [gap.endswith(" *") for gap in gaps("| I | twice-finetune | ucf101, 1, 0 |", 7)] == [False]
     assert [gap.endswith(" *") for gap in gaps("| I | twice-finetune | ucf101, 2, 0 |", 7)] == [True]
-    assert gaps("| A | eco | ucf101 |", 7) == ["-0.20"]  # the mean over splits
+    assert gaps("| A | eco | ucf101 |", 7) == ["-0.20 *"]  # the mean over two splits
+    assert gaps("| I | twice-finetune | ucf101 |", 7) == ["+32.56 (+15.18) *"]
     assert page.count("- * The paper's number is likely of another protocol") == 1
