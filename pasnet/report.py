@@ -83,7 +83,10 @@ def about(study: dict[str, Any]) -> list[str]:
         missing = f", {of['missing']} listed videos not on disk" if of["missing"] else ""
         failed = f", {of['failed']} could not be decoded" if of["failed"] else ""
         failed += f", {of['decoded_with_errors']} decoded with errors" if of["decoded_with_errors"] else ""
-        lines.append(f"Data: **{of['dataset']}**, {of['videos']} videos, {of['frames']} frames{missing}{failed}.")
+        lists = _lists(of, {record["split"] for record in done if record.get("dataset") == of["dataset"]})
+        lines.append(
+            f"Data: **{of['dataset']}**, {of['videos']} videos{lists}, {of['frames']} frames{missing}{failed}."
+        )
     keys = ("width", "input_size", "start", "train_fraction", "device", "commit")
     for width, input_size, start, share, device, code in sorted({tuple(r[key] for key in keys) for r in done}):
         part = f" with {share:.0%} of the training videos" if share < 1 else ""
@@ -109,6 +112,13 @@ def about(study: dict[str, Any]) -> list[str]:
         [f"Where the paper gives nothing, other than our defaults (docs/paper.md): {'; '.join(own)}."] if own else []
     )
     return lines
+
+
+def _lists(of: dict[str, Any], splits: Collection[int]) -> str:
+    """How many videos the lists of these splits have."""
+    found = [(split, of.get("subsets", {}).get(f"split{split}")) for split in sorted(splits)]
+    said = [f"split {split}: {has['train']} to train, {has['test']} to test" for split, has in found if has]
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def _upper_bounds(done: Sequence[Record]) -> list[str]:

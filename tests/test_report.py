@@ -514,8 +514,10 @@ def test_what_no_row_can_have_learnt_is_said(videos: Path, tmp_path: Path) -> No
     tested = {one["name"]: one["train_videos"] for one in record["classes"]}
     assert tested[gone] == 0 and set(tested.values()) != {0}
     assert 0 < record["of_unseen_classes"] == record["test_videos"] / 3
-    content = {"title": "t", "shards": [], "results": records}
+    content = {"title": "t", "shards": [dataclasses.asdict(of)], "results": records}
     page = results_page([content])
+    lists = of.subsets["split1"]
+    assert f"12 videos (split 1: {lists['train']} to train, {lists['test']} to test), " in page and lists["train"]
     assert (
         f"**Upper bound** of ucf101, split 1: {record['of_unseen_classes']} of {record['test_videos']} test videos"
         in page
