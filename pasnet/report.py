@@ -87,11 +87,15 @@ def about(study: dict[str, Any]) -> list[str]:
         lines.append(
             f"Data: **{of['dataset']}**, {of['videos']} videos{lists}, {of['frames']} frames{missing}{failed}."
         )
-    keys = ("width", "input_size", "start", "train_fraction", "device", "commit")
-    for width, input_size, start, share, device, code in sorted({tuple(r[key] for key in keys) for r in done}):
+    keys = ("width", "input_size", "start", "train_fraction", "device")
+    commits: dict[tuple[Any, ...], set[str]] = {}
+    for record in done:
+        commits.setdefault(tuple(record[key] for key in keys), set()).update(record["commit"].split(", "))
+    for (width, input_size, start, share, device), of_them in sorted(commits.items()):
+        code = ", ".join(f"`{commit}`" for commit in sorted(of_them))
         part = f" with {share:.0%} of the training videos" if share < 1 else ""
         size = f"**width {width:g}**, {input_size}x{input_size} input"
-        lines.append(f"Network: {size}; {start}; trained on {device}{part}; commit `{code}`.")
+        lines.append(f"Network: {size}; {start}; trained on {device}{part}; commit {code}.")
     lines += _micro_batches(done)
     lines += _cost_of(done)
     lines += _upper_bounds(done)

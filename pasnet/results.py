@@ -253,8 +253,8 @@ def _differences(study: Study, row: Row, of: Shards, members: Sequence[Job]) -> 
     """What keeps a result from being one in the paper's setting, and what differs from our defaults where the paper
     gives nothing."""
     found = [] if of.dataset == row.dataset else [f"{of.dataset} instead of {row.dataset}"]
-    found += [f"{of.missing} listed videos missing"] if of.missing else []
-    found += [f"{of.failed} videos could not be decoded"] if of.failed else []
+    found += [f"{of.missing} listed videos of {of.dataset} missing"] if of.missing else []
+    found += [f"{of.failed} videos of {of.dataset} could not be decoded"] if of.failed else []
     source, first = members[0].training.source, members[0]
     if source:
         both = source.dataset == D0_EMBEDDED and of.dataset in EMBEDDED_SETS

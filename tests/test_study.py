@@ -318,7 +318,7 @@ def test_undecodable_videos_and_precision_are_named(tmp_path: Path) -> None:
     made = jobs(study, (of,))
     finished(made[0].folder, 91.0)
     [record] = collect(study, (of,), made, {})
-    assert record["differs"] == ["3 videos could not be decoded", "random start of ECO"]
+    assert record["differs"] == ["3 videos of ucf101 could not be decoded", "random start of ECO"]
     assert record["ours"] == ["precision bf16 instead of fp32"]
 
 
