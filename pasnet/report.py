@@ -222,7 +222,10 @@ def remarks(records: Sequence[Record]) -> list[str]:
     for record in records:
         if of := record.get("paper_protocol"):
             protocols.setdefault(of, {})[name(record)] = None
-    lines = [f"{title}: {remark}." for title, remark in said.items()]
+    titled: dict[str, list[str]] = {}
+    for title, remark in said.items():
+        titled.setdefault(remark, []).append(title)
+    lines = [f"{'; '.join(titles)}: {remark}." for remark, titles in titled.items()]
     done = [record for record in records if record["status"] == "done"]
     means = [summary for summary in summaries(records) if summary["status"] == "done"]
     if any(_star(of, [of["split"]]) for of in done) or any(_star(of, of["splits"]) for of in means):
