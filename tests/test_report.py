@@ -227,7 +227,7 @@ def test_remarks_name_the_dataset_where_a_title_has_two(tmp_path: Path) -> None:
     said = remarks(content["results"])
     [unknown] = [line for line in said if line.endswith("our sources do not give the paper's number.")]
     assert "ECO, 8 frames, hmdb51; ECO, 16 frames, hmdb51" in unknown and "ECO, 8 frames, ucf101" not in unknown
-    assert any(line.startswith("ECO, 8 frames, ucf101: most likely quoted") for line in said)
+    assert any(line.startswith("ECO, 8 frames, ucf101; ECO, 16 frames, ucf101: most likely quoted") for line in said)
     [mean] = [line for line in said if line.startswith("Paper's protocol, likely a mean over three splits")]
     assert "ECO, 8 frames, ucf101" in mean and "hmdb51" not in mean
 
