@@ -164,9 +164,19 @@ def student(freedom: float) -> float:
 
 
 def said(found: Sequence[Record]) -> list[str]:
-    """What the comparisons of one table amount to, in sentences that claim no more; none where there are none."""
+    """What the comparisons of one table amount to, dataset by dataset, in sentences that claim no more; none where
+    there are none."""
     if not found:
         return []
+    datasets = list(dict.fromkeys(each["dataset"] for each in found))
+    lines = []
+    for dataset in datasets:
+        before = f"{dataset}: " if len(datasets) > 1 else ""
+        lines += [before + line for line in _said([each for each in found if each["dataset"] == dataset])]
+    return [*lines, "This holds for the data, the size of network and the start named above, and for nothing else."]
+
+
+def _said(found: Sequence[Record]) -> list[str]:
     same = sum(each["ours"] > 0 for each in found)
     opposite = sum(each["ours"] < 0 for each in found)
     numbers = "The paper" if found[0]["table"] not in EXTRA_TABLES else "The paper's numbers of Table I"
@@ -203,7 +213,7 @@ def said(found: Sequence[Record]) -> list[str]:
             f"{some}{_number(len(found) - len(judged), 'pair')} with one seed: two trainings of one recipe may differ "
             "by as much."
         )
-    return [*lines, "This holds for the data, the size of network and the start named above, and for nothing else."]
+    return lines
 
 
 EXTRA_TABLES = {row.table for row in EXTRA_ROWS}
@@ -219,10 +229,17 @@ COLUMNS = ("higher in the paper", "lower", "paper's difference", "ours", "95 % i
 
 def cells(found: Iterable[Record]) -> list[tuple[str, ...]]:
     """A row of COLUMNS for each comparison, the paper's largest difference first."""
+    found = list(found)
+    several = len({each["dataset"] for each in found}) > 1  # Table IV and Fig. 2 have the same titles for both
+
+    def name(each: Record, place: str) -> str:
+        of = each[place]
+        return f"{of['title']}, {of['strategy']}" + (f", {each['dataset']}" if several else "")
+
     return [
         (
-            f"{each['higher']['title']}, {each['higher']['strategy']}",
-            f"{each['lower']['title']}, {each['lower']['strategy']}",
+            name(each, "higher"),
+            name(each, "lower"),
             f"{each['paper']:+.2f}" + (" *" if each.get("mixed") else ""),
             f"{each['ours']:+.2f}" + (" †" if each.get("epochs") else ""),
             "–" if each["low"] is None else f"{each['low']:+.2f} to {each['high']:+.2f}",

@@ -27,7 +27,7 @@ TITLES = {
     "table-5": "Table V: ensemble on HMDB-51",
     "figure-2": "Fig. 2: accuracy by number of segments",
     "strategies": "Strategies: ours, not the paper's",
-    "equal-epochs": "Table I at equal epochs: ours, not the paper's",
+    "equal-epochs": "Table I, its finetunings at equal epochs: ours, not the paper's",
 }
 PICTURE_BYTES, PICTURES_BYTES = 250_000, 6_000_000  # of a confusion picture, and of all of them, that are put inside
 STYLE = """

@@ -87,6 +87,8 @@ def about(study: dict[str, Any]) -> list[str]:
         lines.append(
             f"Data: **{of['dataset']}**, {of['videos']} videos{lists}, {of['frames']} frames{missing}{failed}."
         )
+    for name, reason in study.get("lost", {}).items():
+        lines.append(f"**{name} could not be had in the last run** ({reason}); numbers on it are of an earlier one.")
     keys = ("width", "input_size", "start", "train_fraction", "device")
     commits: dict[tuple[Any, ...], set[str]] = {}
     for record in done:
@@ -209,13 +211,15 @@ def quoted(record: Record) -> bool:
 
 def remarks(records: Sequence[Record]) -> list[str]:
     """What is to be said of a table's rows, a line each: remarks, and what the paper's numbers are measured on."""
-    datasets: dict[str, set[str]] = {}
+    kinds: dict[tuple[str, str], set[str]] = {}
     for record in records:
-        datasets.setdefault(record["title"], set()).add(record["paper_dataset"])
+        for kind in ("strategy", "paper_dataset"):
+            kinds.setdefault((record["title"], kind), set()).add(record[kind])
 
-    def name(record: Record) -> str:  # Table IV has the same titles for both datasets
+    def name(record: Record) -> str:  # Table I has a title for two strategies, Table IV for two datasets
         title: str = record["title"]
-        return f"{title}, {record['paper_dataset']}" if len(datasets[title]) > 1 else title
+        several = [kind for kind in ("strategy", "paper_dataset") if len(kinds[title, kind]) > 1]
+        return ", ".join([title, *(record[kind] for kind in several)])
 
     said = {name(record): record["remark"] for record in records if record["remark"]}
     protocols: dict[str, dict[str, None]] = {}
@@ -360,7 +364,7 @@ def _class_table(done: Sequence[Record], table: str) -> list[str]:
         tested = [of for of in record["classes"] if of["videos"] and of.get("train_videos") != 0]
         ranked = sorted(tested, key=lambda of: -of["top1"])  # stable: of equal classes the first comes first
         best = ranked[: min(BEST, len(ranked) // 2)]
-        worst = ranked[len(best) :][::-1][:WORST]
+        worst = [of for of in ranked[len(best) :][::-1][:WORST] if of["top1"] < 100]
         where = f"{record['dataset']}, {record['split']}, {record['seed']}"
         values = [record["title"], record["strategy"], where, *("; ".join(map(_class, of)) for of in (best, worst))]
         lines.append("| " + " | ".join(_cell(value) for value in values) + " |")

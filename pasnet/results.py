@@ -83,7 +83,7 @@ def collect(
                 lines = [_line_of(member, by_folder) for member in members]
                 record = _result(study, row, of, split, seed, lines, failures)
                 if name is not None and name in lost:
-                    record |= {"status": "failed", "reason": lost[name]}
+                    record |= {"status": "failed", "reason": lost[name], "dataset": name}
                 if record["status"] == "done":
                     record |= _behind(lines)
                 records.append(record)
@@ -340,12 +340,14 @@ def finish(
     MLflow comes second and may fail: the results are on disk, and `pasnet track send` or the next run sends them.
     """
     place = digest(str(study.root.absolute()))  # two folders of one name may share a tracking server
+    lost = {record["dataset"]: record["reason"] for record in records if _is_lost(record)}
     shards, records = _with_earlier(study, shards, records)
     content = {
         "title": f"{study.root.name}: preset {study.preset}",
         "shards": [dataclasses.asdict(of) for of in shards],
         "request": _request(study),
         "narrowed": study.narrowed,
+        "lost": lost,
         "remark": study.size.remark,
         "seconds": dict(seconds),
         "tags": {
@@ -406,7 +408,8 @@ def _with_earlier(
         return tuple(record[name] for name in ("table", "title", "strategy", "paper_dataset", "split", "seed"))
 
     def holds(record: Mapping[str, Any]) -> bool:
-        again = place(record) in asked and not (place(record) in lost and record["status"] == "done")
+        same = lost.get(place(record)) == record.get("dataset") and record["status"] == "done"
+        again = place(record) in asked and not same
         if record["status"] not in ("done", "failed") or again:
             return False
         if "shard_digest" not in record:  # its dataset could not be fetched or packed
@@ -418,13 +421,18 @@ def _with_earlier(
         return there and digest_now is not None and digest_now.digest == record["shard_digest"]
 
     asked = {place(record) for record in records}
-    lost = {place(record) for record in records if record["status"] == "failed" and "shard_digest" not in record}
+    lost = {place(record): record["dataset"] for record in records if _is_lost(record)}
     kept = [record for record in before["results"] if holds(record)]
     records = [record for record in records if place(record) not in set(map(place, kept))]
     tables = list(QUESTIONS)
     joined = sorted([*kept, *records], key=lambda record: tables.index(record["table"]))
     used = {record["dataset"] for record in kept if "dataset" in record} - known.keys()
     return [*shards, *(earlier[name] for name in earlier if name in used)], joined
+
+
+def _is_lost(record: Mapping[str, Any]) -> bool:
+    """Whether the row's dataset could not be fetched or packed."""
+    return record["status"] == "failed" and "shard_digest" not in record
 
 
 def _comparisons(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

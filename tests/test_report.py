@@ -386,10 +386,10 @@ def test_a_table_alone_leaves_the_others_on_the_page(tmp_path: Path) -> None:
 
 
 def test_a_dataset_that_cannot_be_had_takes_no_finished_row_off_the_page(tmp_path: Path) -> None:
-    asked = Study(out=str(tmp_path), data=("x/ucf101", "x/hmdb51"), tables=("table-4",))
+    asked = Study(out=str(tmp_path), data=("x/ucf101", "x/hmdb51"), tables=("table-4",), seeds=(0, 1))
     both = (UCF[0], dataclasses.replace(UCF[0], dataset="hmdb51", digest="other"))
 
-    def run(shards: tuple[Shards, ...], lost: dict[str, str]) -> list[tuple[str, str]]:
+    def run(shards: tuple[Shards, ...], lost: dict[str, str]) -> list[tuple[str, str, str]]:
         made = jobs(asked, shards, lost=lost)
         for job in made:
             if not (Path(job.folder) / "done.json").is_file():
@@ -400,14 +400,35 @@ def test_a_dataset_that_cannot_be_had_takes_no_finished_row_off_the_page(tmp_pat
         return sorted((of["paper_dataset"], of["title"], of["status"]) for of in content["results"])
 
     whole = run(both, {})
-    assert len(whole) == 12 and {status for _, _, status in whole} == {"done"}
+    assert len(whole) == 24 and {status for _, _, status in whole} == {"done"}
     assert run(both[:1], {"hmdb51": "not packed: another build is writing there"}) == whole
+    said = "**hmdb51 could not be had in the last run** (not packed: another build is writing there); numbers on it"
+    assert said in (tmp_path / "RESULTS.md").read_text("utf-8")
     for folder in (tmp_path / "trainings").glob("hmdb51-*-eco-*"):
         shutil.rmtree(folder)
     after = run(both[:1], {"hmdb51": "not packed: no space left"})  # what is gone is not held
     assert {title for dataset, title, status in after if status == "failed"} == {
         f"ECO, {k} frames" for k in (8, 16, 32)
     }
+    page = (tmp_path / "RESULTS.md").read_text("utf-8")
+    assert "incomplete: no seed has all of them" in page
+
+
+def test_rows_of_a_stand_in_do_not_replace_those_of_a_set_that_is_lost(tmp_path: Path) -> None:
+    def run(shards: Sequence[Shards], data: str, lost: dict[str, str]) -> list[tuple[str, str, str]]:
+        asked = Study(out=str(tmp_path), data=(data, "x/hmdb51"), tables=("table-4",))
+        made = jobs(asked, shards, lost=lost)
+        for job in made:
+            if not (Path(job.folder) / "done.json").is_file():
+                finished(job, 90.0)
+        finish(asked, shards, collect(asked, shards, made, {}, lost=lost), {}, "")
+        found = json.loads((tmp_path / "results.json").read_text("utf-8"))["results"]
+        return sorted({(of["paper_dataset"], of["dataset"], of["status"]) for of in found})
+
+    hmdb = dataclasses.replace(UCF[0], dataset="hmdb51", digest="other")
+    stand_in = dataclasses.replace(UCF[0], dataset="synthetic")
+    assert run([stand_in, hmdb], "synthetic", {})[1] == ("ucf101", "synthetic", "done")
+    assert run([hmdb], "x/ucf101", {"ucf101": "not fetched: away"})[1] == ("ucf101", "ucf101", "failed")
 
 
 def test_a_failed_row_stays_on_the_page(tmp_path: Path) -> None:
