@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import bound
-from pasnet.planning import plan
-from pasnet.study import Study
+from pasnet.execute import IDLE
 
 STUDY = "a study on two small sets"
 PEAK = 989e12  # FLOP/s of dense bf16 products that NVIDIA's data sheet gives an H100 SXM; no training comes near
-IDLE = "of which none of its processes ran"  # of flows/reproduce.py's seconds
 
 
 def flow(scratch: Path) -> dict[str, Any]:
@@ -61,6 +59,9 @@ def _tasks(home: Path) -> int:
 
 def run(rounds: int, scratch: Path) -> dict[str, Any]:
     """Every round from nothing, and again; medians."""
+    from pasnet.planning import plan
+    from pasnet.study import Study
+
     first, again = [], []
     for number in range(rounds):
         folder = scratch / str(number)

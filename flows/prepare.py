@@ -68,7 +68,9 @@ def prepare(study: Study, dataset: Dataset, workers: int) -> Shards:
         try:
             for number, plan in enumerate(plans):
                 if number >= workers:
-                    packing[number - workers].result()  # a shard that could not be written (a full disk) ends it
+                    packing[
+                        number - workers
+                    ].result()  # a shard that could not be written (a full disk) ends the packing
                     update_progress_artifact(progress, 100 * (number - workers + 1) / len(plans))
                 packing.append(pack.submit(plan, folder, settings))
             for future in packing:

@@ -25,7 +25,7 @@ from flows.obtain import obtain
 from flows.parameters import Positive, PresetName, Seed, Split, Table, check
 from flows.prepare import prepare, prepare_d0, videos
 from pasnet import tracking
-from pasnet.execute import RUNNING, StudyError, idle, trainings_at_once
+from pasnet.execute import IDLE, RUNNING, StudyError, idle, trainings_at_once
 from pasnet.planning import lines, plan
 from pasnet.results import collect, finish, links_page
 from pasnet.study import EMBEDDED_SETS, Shards, Study, check_datasets, jobs, pose_job
@@ -108,7 +108,7 @@ def pasnet(
         failures = run_jobs(todo, uri, pose)
     if started := len(RUNNING) - before:
         conducting = idle(begun, time.monotonic())
-        seconds["of which none of its processes ran"] = round(conducting, 1)
+        seconds[IDLE] = round(conducting, 1)
         print(f"  {started} processes started; {conducting / started:.2f} s each to conduct them", flush=True)
     with stage("tracking and report", seconds):
         results = collect(study, shards, todo, failures, d0, lost)

@@ -28,6 +28,7 @@ from pasnet.tracking import models_wanted
 _LINE: set[tuple[int, int]] = set()  # who waits for a training slot
 _HELD: set[tuple[int, int]] = set()  # who has one
 _TICKETS = itertools.count()
+IDLE = "of which none of its processes ran"  # what `idle` says, among a study's seconds
 RUNNING: list[tuple[float, float]] = []  # when a process of ours ran, start and end by time.monotonic()
 
 

@@ -362,6 +362,7 @@ def _equal_epochs() -> list[Row]:
 ROWS: tuple[Row, ...] = (*_table_1(), *_table_2(), *_ensembles(), *_table_4(), *_figure_2())
 # not of the paper: not among "all", only by the names of their tables
 EXTRA_ROWS: tuple[Row, ...] = (*_strategies(), *_equal_epochs())
+EXTRA_TABLES = tuple(dict.fromkeys(row.table for row in EXTRA_ROWS))
 
 
 def select_rows(

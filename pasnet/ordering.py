@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pasnet.data import open_shards
-from pasnet.experiments import EXTRA_ROWS
+from pasnet.experiments import EXTRA_TABLES
 from pasnet.predictions import Predictions, ensemble, hits
 from pasnet.study import EMBEDDED_SETS
 
@@ -177,12 +177,12 @@ def said(found: Sequence[Record]) -> list[str]:
 
 
 def _said(found: Sequence[Record]) -> list[str]:
+    """Of one dataset."""
     same = sum(each["ours"] > 0 for each in found)
     opposite = sum(each["ours"] < 0 for each in found)
-    numbers = "The paper" if found[0]["table"] not in EXTRA_TABLES else "The paper's numbers of Table I"
-    verb = "ranks" if numbers == "The paper" else "rank"
+    ranks = "The paper's numbers of Table I rank" if found[0]["table"] in EXTRA_TABLES else "The paper ranks"
     lines = [
-        f"{numbers} {verb} {_number(len(found), 'pair')} of these rows. Ours have {same} in the same order, {opposite} "
+        f"{ranks} {_number(len(found), 'pair')} of these rows. Ours have {same} in the same order, {opposite} "
         f"in the other, {len(found) - same - opposite} equal (Kendall's tau {(same - opposite) / len(found):+.2f})."
     ]
     if mixed := sum(each.get("mixed", False) for each in found):
@@ -216,7 +216,6 @@ def _said(found: Sequence[Record]) -> list[str]:
     return lines
 
 
-EXTRA_TABLES = {row.table for row in EXTRA_ROWS}
 VERDICTS = ("as in the paper", "the other way round", "undecided")
 
 
@@ -227,9 +226,8 @@ def _number(count: int, name: str) -> str:
 COLUMNS = ("higher in the paper", "lower", "paper's difference", "ours", "95 % interval", "verdict")
 
 
-def cells(found: Iterable[Record]) -> list[tuple[str, ...]]:
+def cells(found: Sequence[Record]) -> list[tuple[str, ...]]:
     """A row of COLUMNS for each comparison, the paper's largest difference first."""
-    found = list(found)
     several = len({each["dataset"] for each in found}) > 1  # Table IV and Fig. 2 have the same titles for both
 
     def name(each: Record, place: str) -> str:

@@ -104,7 +104,7 @@ def _study(study: dict[str, Any], folder: Path, anchor: str, budget: int) -> tup
     body = [f'<h2 id="{anchor}">{escape(study["title"])}</h2>']
     body.append("<nav>" + "".join(f'<a href="#{place}">{escape(name)}</a>' for place, name in places) + "</nav>")
     for line in about(study):
-        warn = ' class="warn"' if line.startswith(("**Not", "**Upper")) else ""
+        warn = ' class="warn"' if line.startswith("**") else ""
         body.append(f"<p{warn}>{_marked(line)}</p>")
     for table in tables:
         of = [record for record in records if record["table"] == table]

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from pasnet import ordering
-from pasnet.experiments import EXTRA_ROWS, MEAN, QUOTED, ROWS, SPLIT_1
+from pasnet.experiments import EXTRA_ROWS, EXTRA_TABLES, MEAN, QUOTED, ROWS, SPLIT_1
 from pasnet.summary import protocol, summaries
 
 Record = dict[str, Any]
@@ -88,7 +88,9 @@ def about(study: dict[str, Any]) -> list[str]:
             f"Data: **{of['dataset']}**, {of['videos']} videos{lists}, {of['frames']} frames{missing}{failed}."
         )
     for name, reason in study.get("lost", {}).items():
-        lines.append(f"**{name} could not be had in the last run** ({reason}); numbers on it are of an earlier one.")
+        lines.append(
+            f"**{name} could not be had in the last run** ({reason}); numbers on it, if any, are of an earlier one."
+        )
     keys = ("width", "input_size", "start", "train_fraction", "device")
     commits: dict[tuple[Any, ...], set[str]] = {}
     for record in done:
@@ -114,9 +116,8 @@ def about(study: dict[str, Any]) -> list[str]:
             f"reproduction is. What differs: {'; '.join(differs)}."
         )
     own = list(dict.fromkeys(difference for record in done for difference in record.get("ours", ())))
-    lines += (
-        [f"Where the paper gives nothing, other than our defaults (docs/paper.md): {'; '.join(own)}."] if own else []
-    )
+    if own:
+        lines.append(f"Where the paper gives nothing, other than our defaults (docs/paper.md): {'; '.join(own)}.")
     return lines
 
 
@@ -196,7 +197,7 @@ def not_run(study: dict[str, Any]) -> list[str]:
     left: dict[str, list[str]] = {}
     for of in (*ROWS, *EXTRA_ROWS):
         if (of.table, of.title, of.strategy, of.dataset) not in asked:
-            table = of.table if of in ROWS else f"{of.table} (ours, not a table of the paper's)"
+            table = f"{of.table} (ours, not a table of the paper's)" if of.table in EXTRA_TABLES else of.table
             left.setdefault(table, []).append(f"{of.title}, {of.strategy}, {of.dataset}")
     lines += [f"{table}: not asked for: {'; '.join(names)}." for table, names in left.items()]
     lines += [f"{narrowed}."] if (narrowed := study.get("narrowed")) else []

@@ -39,6 +39,7 @@ from pasnet.config import (
     to_dict,
 )
 from pasnet.experiments import (
+    EXTRA_TABLES,
     PRESETS,
     ROWS,
     STRATEGIES,
@@ -64,7 +65,7 @@ EMBEDDED_HMDB = "synthetic-hmdb"  # in HMDB-51's layout, which it stands in for,
 EMBEDDED_SETS = (EMBEDDED, EMBEDDED_HMDB)
 NOTHING = "none"  # for `pretrain`: no D0, whatever the preset says
 OFFICIAL = ("ucf101", "hmdb51")  # the paper's
-AT_ANY_K = ("table-1", "table-2", "strategies", "equal-epochs")  # tables that are about something else than K
+AT_ANY_K = ("table-1", "table-2", *EXTRA_TABLES)  # tables that are about something else than K
 WEIGHTS = "weights"  # the folder of public weights that are given by name
 # Weights from D0 stand in for public ones: there is one set of them, whatever splits and seeds D1 is run on.
 D0_SPLIT, D0_SEED = 1, 0

@@ -21,7 +21,7 @@ from test_caffe import public_tensors
 from test_fetch import Served, server  # noqa: F401 - a fixture
 
 from pasnet.config import FUSION_TITLES
-from pasnet.experiments import EXTRA_ROWS, QUESTIONS
+from pasnet.experiments import EXTRA_TABLES, QUESTIONS
 from pasnet.tracking import client
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -280,7 +280,7 @@ def test_the_deployment_runs_through_a_server_and_a_worker(
     deployed = prefect(prefect_server, "--no-prompt", "deploy", "--all", timeout=120)
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
     listed = prefect(prefect_server, "deployment", "ls").stdout
-    for name in {"full-reproduction", "smoke", "figure-3", *QUESTIONS} - {row.table for row in EXTRA_ROWS}:
+    for name in {"full-reproduction", "smoke", "figure-3", *QUESTIONS} - set(EXTRA_TABLES):
         assert f"pasnet/{name}" in listed
 
     refused = prefect(prefect_server, "deployment", "run", "pasnet/full-reproduction", "--param", "num_segments=0")

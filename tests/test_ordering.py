@@ -80,6 +80,22 @@ def test_pairs_of_unequal_epochs_are_marked(tmp_path: Path) -> None:
     assert any("In 2 pairs (marked †), 1 of them decided, the two rows have different" in line for line in said(found))
 
 
+def test_datasets_are_not_counted_together(tmp_path: Path) -> None:
+    """Table IV has the same titles for both."""
+    rows = [
+        run(tmp_path / dataset, title, paper, share(hits), table="table-4", dataset=dataset)
+        for dataset, better in (("ucf101", 180), ("hmdb51", 20))
+        for title, paper, hits in (("16 frames", 90, better), ("8 frames", 80, 100))
+    ]
+    found = comparisons(rows)
+    lines = said(found)
+    assert lines[0].startswith("ucf101: The paper ranks 1 pair of these rows. Ours have 1 in the same order, 0 in")
+    assert [line for line in lines if line.startswith("hmdb51: The paper ranks 1 pair") and "0 in the same" in line]
+    assert sum("holds for the data" in line for line in lines) == 1
+    assert [row[0] for row in cells(found)] == [f"16 frames, twice-finetune, {name}" for name in ("ucf101", "hmdb51")]
+    assert not any("ucf101" in text for text in (*said(found[:1]), cells(found[:1])[0][0]))
+
+
 def test_one_seed_is_not_judged(tmp_path: Path) -> None:
     [pair] = comparisons([run(tmp_path, "A", 90, share(180)), run(tmp_path, "B", 80, share(20))])
     assert (pair["ours"], pair["verdict"], pair["low"]) == (80.0, "one seed", None)

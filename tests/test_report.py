@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,17 @@ def content_of(study: Study, shards: tuple[Shards, ...] = UCF, failed: int | Non
         "tags": {"prefect.flow_run_id": "flow-1"},
         "results": records,
     }
+
+
+def run_again(study: Study, shards: Sequence[Shards], lost: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What a run of the study leaves in its folder, where what is done is not done again: its results.json."""
+    made = jobs(study, shards, lost=lost or {})
+    for job in made:
+        if not (Path(job.folder) / "done.json").is_file():
+            finished(job, 90.0)
+    finish(study, shards, collect(study, shards, made, {}, lost=lost), {}, "")
+    content: dict[str, Any] = json.loads((study.root / "results.json").read_text("utf-8"))
+    return content
 
 
 class Page(HTMLParser):
@@ -220,6 +231,12 @@ def test_one_drawing_has_one_protocol(tmp_path: Path) -> None:
     assert {(r["split"], r["status"]) for r in comparable(first)} == {(2, "done")}
     apart = [r for r in records if (r["title"], r["split"]) in (("A", 1), ("I", 2))]
     assert [(r["title"], r["status"]) for r in comparable(apart)] == [("A", "done"), ("I", "not run")]
+
+
+def test_remarks_name_the_strategy_where_a_title_has_two(tmp_path: Path) -> None:
+    said = remarks(content_of(Study(out=str(tmp_path), tables=("equal-epochs",)))["results"])
+    [long] = [line for line in said if "as many epochs as both" in line]
+    assert long.startswith("A + 1*1conv, conventional-long; Conv(A, I), conventional-long; Conv(A, I, F), conven")
 
 
 def test_remarks_name_the_dataset_where_a_title_has_two(tmp_path: Path) -> None:
@@ -348,12 +365,7 @@ def test_a_table_alone_leaves_the_others_on_the_page(tmp_path: Path) -> None:
 
     def run(**more: Any) -> list[tuple[str, str]]:
         asked = Study(out=str(tmp_path), data=("x/ucf101",), **more)
-        made = jobs(asked, UCF)
-        for job in made:
-            if not (Path(job.folder) / "done.json").is_file():
-                finished(job, 90.0)
-        finish(asked, UCF, collect(asked, UCF, made, {}), {}, "")
-        found = json.loads((tmp_path / "results.json").read_text("utf-8"))["results"]
+        found = run_again(asked, UCF)["results"]
         return [(record["table"], record["title"]) for record in found if record["status"] == "done"]
 
     two = run(tables=("table-2",), fusions=("A", "Conv(A,I)"))
@@ -390,12 +402,7 @@ def test_a_dataset_that_cannot_be_had_takes_no_finished_row_off_the_page(tmp_pat
     both = (UCF[0], dataclasses.replace(UCF[0], dataset="hmdb51", digest="other"))
 
     def run(shards: tuple[Shards, ...], lost: dict[str, str]) -> list[tuple[str, str, str]]:
-        made = jobs(asked, shards, lost=lost)
-        for job in made:
-            if not (Path(job.folder) / "done.json").is_file():
-                finished(job, 90.0)
-        finish(asked, shards, collect(asked, shards, made, {}, lost=lost), {}, "")
-        content = json.loads((tmp_path / "results.json").read_text("utf-8"))
+        content = run_again(asked, shards, lost)
         assert [of["dataset"] for of in content["shards"]] == sorted((of.dataset for of in both), reverse=True)
         return sorted((of["paper_dataset"], of["title"], of["status"]) for of in content["results"])
 
@@ -417,12 +424,7 @@ def test_a_dataset_that_cannot_be_had_takes_no_finished_row_off_the_page(tmp_pat
 def test_rows_of_a_stand_in_do_not_replace_those_of_a_set_that_is_lost(tmp_path: Path) -> None:
     def run(shards: Sequence[Shards], data: str, lost: dict[str, str]) -> list[tuple[str, str, str]]:
         asked = Study(out=str(tmp_path), data=(data, "x/hmdb51"), tables=("table-4",))
-        made = jobs(asked, shards, lost=lost)
-        for job in made:
-            if not (Path(job.folder) / "done.json").is_file():
-                finished(job, 90.0)
-        finish(asked, shards, collect(asked, shards, made, {}, lost=lost), {}, "")
-        found = json.loads((tmp_path / "results.json").read_text("utf-8"))["results"]
+        found = run_again(asked, shards, lost)["results"]
         return sorted({(of["paper_dataset"], of["dataset"], of["status"]) for of in found})
 
     hmdb = dataclasses.replace(UCF[0], dataset="hmdb51", digest="other")

@@ -134,9 +134,7 @@ class TestTable:
         wanted = [t for row in (*EXTRA_ROWS, *ROWS) for t in trainings_of(row, row.dataset, source)]
         order = in_order(wanted)
         place = {training: index for index, training in enumerate(order)}
-        assert (
-            len(place) == len(order) == 39 + 1 + 3 + 3 + 3
-        )  # ECO on D0 once; PAS-Net on D0 and then on D1, by style; the long ones
+        assert len(place) == len(order) == 39 + 1 + 3 + 3 + 3  # ECO on D0 once; PAS-Net on D0, then on D1; long ones
         assert all(place[t.parent] < place[t] for t in order if t.parent)
         assert [t.on for t in order] == ["D0"] * 4 + ["D1"] * 45  # what is learnt beforehand is learnt before all else
         assert sum(t.strategy == "eco" and t.on == "D0" for t in order) == 1

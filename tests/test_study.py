@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from pasnet import execute
-from pasnet.config import ConfigError
+from pasnet.config import ConfigError, flatten, to_dict
 from pasnet.evaluate import Predictions
 from pasnet.experiments import PRESETS, ROWS
 from pasnet.planning import lines, plan
 from pasnet.report import results_page, summary_table, table_csv
-from pasnet.results import collect
+from pasnet.results import GIVEN, collect
 from pasnet.study import (
     D0_EMBEDDED,
     EMBEDDED,
@@ -306,6 +306,7 @@ def test_the_page_names_every_setting_that_is_not_the_papers(tmp_path: Path) -> 
         page = results_page([{"title": "t", "shards": [], "results": records}])
         said = "Where the paper gives nothing, other than our defaults (docs/paper.md): optim.epochs 1 instead of 40."
         assert (said in page) == (name == "other") and "test list may have decided something" in page
+    assert set(GIVEN) <= flatten(to_dict(made[0].config)).keys()  # or it would be told as a setting of ours
     unknown = ["ECO weights are not known to be the published ones"]  # whose sums nobody has published
     assert differs["as in the paper"] == [unknown, [*unknown, "pose weights are not the published ones"]]
     other = ["model.width 0.5 instead of 1.0", "data.num_segments 4 instead of 8"]
