@@ -66,8 +66,9 @@ class ClipStream:
     a `seed`; 1 keeps the order of the shards.
 
     Each clip comes once over all ranks, but ranks get whole shards and thus not as many clips each: training in
-    several processes wants `Batches` instead, or torch's join(). A server that fails ends the epoch with an error
-    that names the shard; go on with `after`.
+    several processes wants `Batches` instead, or torch's join(). Where there are more ranks than shards, some read the
+    same shard, in which each takes every n-th video of the subset: more shards (--num-shards) would spare the network.
+    A server that fails ends the epoch with an error that names the shard; go on with `after`.
     """
 
     def __init__(
@@ -88,8 +89,8 @@ class ClipStream:
     ) -> None:
         if not 0 <= rank < world or lanes < 1 or shuffle < 1:
             raise ValueError(f"need 0 <= rank < world, lanes and shuffle >= 1, got {rank}, {world}, {lanes}, {shuffle}")
-        if len(urls) < world:
-            raise ShardError(f"{len(urls)} shards cannot be shared by {world} processes; build more (--num-shards)")
+        if not urls:
+            raise ShardError("no shards to read; give what shard_urls finds in a shard folder, or a list of URLs")
         if (split is None) != (subset is None) or split not in (None, 1, 2, 3) or subset not in (None, "train", "test"):
             raise ShardError(f"give split (1, 2, 3) and subset (train, test) or neither, got {split!r} and {subset!r}")
         self.urls, self.sample, self.look, self.size, self.colour = urls, sample, look, size, colour
@@ -189,7 +190,8 @@ class _Epoch(IterableDataset):  # type: ignore[misc]  # torch's, or webdataset's
         if stream.seed is not None:
             urls = [urls[i] for i in np.random.default_rng([stream.seed, self.epoch]).permutation(len(urls))]
             rng = np.random.default_rng([stream.seed, self.epoch, stream.rank, lane])
-        mine = urls[stream.rank :: stream.world][lane :: stream.lanes]
+        first = stream.rank % len(urls)  # more ranks than shards: those that begin at the same one share it
+        mine = urls[first :: stream.world][lane :: stream.lanes]
         if rng is None or stream.shuffle == 1:
             for url in mine:
                 yield from self._choose(url)
@@ -206,14 +208,19 @@ class _Epoch(IterableDataset):  # type: ignore[misc]  # torch's, or webdataset's
         yield from (buffer[i] for i in rng.permutation(len(buffer)))
 
     def _choose(self, url: str) -> Iterator[_Chosen]:
-        """Frame indices, view and JPEGs of the clips of one shard. The whole shard is read, a few frames are kept."""
-        stream, key, count = self.stream, "its first video", 0
+        """This rank's clips of one shard: indices, view and JPEGs. The whole shard is read, a few frames are kept."""
+        stream, key, count, position = self.stream, "its first video", 0, -1
+        turn, first = divmod(stream.rank, len(stream.urls))
+        sharing = len(range(first, stream.world, len(stream.urls)))  # ranks that read this shard; 1 where it is dealt
         try:
             for sample in _records(url):
                 count += 1
                 meta: dict[str, Any] = json.loads(sample["json"])
                 key = meta["key"]
                 if stream.split is not None and meta[f"split{stream.split}"] != stream.subset:
+                    continue
+                position += 1
+                if position % sharing != turn:
                     continue
                 rng = None if stream.seed is None else clip_rng(stream.seed, self.epoch, key)
                 indices = np.ravel(stream.sample(meta["num_frames"], rng=rng))

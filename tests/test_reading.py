@@ -372,20 +372,32 @@ class TestStream:
             rest = drain(stream.clips(epoch=1, workers=workers, after=whole[done - 1].place))
             assert rest == drain(iter(whole[done:]))
 
-    @pytest.mark.parametrize("world", [1, 2, 3])
-    def test_every_clip_once_over_all_ranks(self, shard_folder: Path, world: int) -> None:
+    @pytest.mark.parametrize("world", [1, 3, 9, 20])  # there are 8 shards, of one or two videos
+    @pytest.mark.parametrize("seed", [None, 1])
+    def test_every_clip_once_over_all_ranks(self, shard_folder: Path, world: int, seed: int | None) -> None:
         store = open_shards(shard_folder)
-        for seed in (None, 1):
-            seen = collections.Counter(
-                key
-                for rank in range(world)
-                for key, _ in drain(
-                    self.make(shard_folder, seed=seed, look=centre, subset="test", rank=rank, world=world).clips()
-                )
-            )
-            assert seen == collections.Counter(store.keys[row] for row in store.select(1, "test"))
-        with pytest.raises(ShardError, match="8 shards cannot be shared by 9"):
-            self.make(shard_folder, rank=0, world=9)
+        for split, subset in ((1, "test"), (1, "train"), (None, None)):
+            options = {"seed": seed, "look": centre, "split": split, "subset": subset, "world": world}
+            ranks = [drain(self.make(shard_folder, rank=rank, **options).clips()) for rank in range(world)]
+            seen = collections.Counter(key for clips in ranks for key, _ in clips)
+            wanted = range(len(store)) if split is None else store.select(split, subset)
+            assert seen == collections.Counter(store.keys[row] for row in wanted)
+            if world == 20 and split is None:  # of two videos, each of two ranks has one
+                assert max(map(len, ranks)) == 1
+
+    def test_ranks_that_share_a_shard_go_on_where_they_were(self, shard_folder: Path) -> None:
+        [(url, count)] = [(url, count) for url, count in shard_urls(shard_folder).items() if count > 1][:1]
+        whole: list[str] = []
+        for rank in range(2):
+            stream = ClipStream({url: count}, FOUR, size=(64, 64), seed=4, rank=rank, world=2)
+            first, *rest = stream.clips(epoch=1)
+            assert drain(stream.clips(epoch=1, workers=2, after=first.place)) == drain(iter(rest))
+            whole += [first.clip.key, *(streamed.clip.key for streamed in rest)]
+        assert len(whole) == len(set(whole)) == count
+
+    def test_no_shards(self) -> None:
+        with pytest.raises(ShardError, match="no shards to read"):
+            ClipStream([], FOUR)
 
     def test_all_videos_without_a_split(self, shard_folder: Path) -> None:
         assert len(drain(self.make(shard_folder, split=None, subset=None).clips())) == 12
