@@ -8,7 +8,8 @@ several datasets goes on without one that is not to be had; without its weights 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from prefect.futures import PrefectFuture
 
 from pasnet import download
 from pasnet.study import WEIGHTS
-from shards.fetch import fetch
+from shards import Dataset
+from shards.fetch import Source, fetch
 from shards.unpack import FetchError, UnreachableError
 
 
@@ -33,14 +35,18 @@ WEIGHTS_LOCK = threading.Lock()  # pasnet/download.py refuses a second one in th
 
 
 @task(task_run_name="fetch {folder}", **AGAIN)
-def fetch_dataset(folder: str, mirrors: Sequence[str]) -> None:
-    """The official archives of the dataset that `folder` is named after, unpacked there, every listed video found."""
+def fetch_dataset(folder: str, mirrors: Sequence[str], source: Source | None = None) -> Dataset:
+    """The archives of `source`, else the official ones of the dataset that `folder` is named after, unpacked there;
+    every listed video is found."""
     path = Path(folder)
     try:
-        found = fetch(path.name, path, mirrors=mirrors, progress=_Shown(path.name))
+        found = fetch(source or path.name, path, mirrors=mirrors, progress=_Shown(path.name))
     except FetchError as error:
+        if source:
+            raise
         raise type(error)(f"{error}; or take what is there, with fetch=false") from error
     print(f"  {folder}: {len(found.videos)} videos, all that the split lists name", flush=True)
+    return found
 
 
 @task(task_run_name="fetch weights {name}", **AGAIN)
@@ -56,30 +62,34 @@ def obtain(datasets: Sequence[str], weights: Sequence[str], mirrors: Sequence[st
 
     When all have ended. Raises what the first weights that could not be fetched raised.
     """
-    sets: list[PrefectFuture[None]] = [fetch_dataset.submit(folder, mirrors) for folder in datasets]
+    sets: list[PrefectFuture[Dataset]] = [fetch_dataset.submit(folder, mirrors) for folder in datasets]
     files: list[PrefectFuture[None]] = [fetch_weights.submit(name, mirrors) for name in weights]
-    for future in sets + files:
+    for future in files:
         future.wait()
+    for dataset in sets:
+        dataset.wait()
     for future in files:
         future.result()
     reasons = {}
-    for folder, future in zip(datasets, sets, strict=True):
+    for folder, dataset in zip(datasets, sets, strict=True):
         try:
-            future.result()
+            dataset.result()
         except Exception as error:
             reasons[folder] = str(error) or type(error).__name__
     return reasons
 
 
 class _Shown:
-    """Progress of a download for a log, every tenth, and as an artifact, every hundredth.
+    """Progress of a download for a log, every tenth, and as an artifact, every hundredth; what is over in a second or
+    two has one line, at its end.
 
     A server of Prefect's that does not take an artifact stops no download; it is then asked every tenth only, since it
     may let us wait.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name, self.last = name, -1
+    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.name, self.clock, self.last = name, clock, -1
+        self.said = self.shown = clock()
         self.artifact: Any = None
         self.failed = False
 
@@ -87,12 +97,14 @@ class _Shown:
         percent = 100 * done // total if total else 0
         if percent == self.last:
             return
-        tenth = percent // 10 != self.last // 10
-        if tenth:
-            print(f"  {what}: {percent} %", flush=True)
+        now, end, tenth = self.clock(), percent == 100, percent // 10 != self.last // 10
         self.last = percent
-        if self.failed and not tenth:
+        if end or (tenth and now - self.said >= 2):
+            self.said = now
+            print(f"  {what}: {percent} %", flush=True)
+        if not end and (now - self.shown < 1 or (self.failed and not tenth)):
             return
+        self.shown = now
         try:
             if self.artifact is None:
                 self.artifact = create_progress_artifact(percent, description=f"{self.name}: fetched")

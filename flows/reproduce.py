@@ -24,6 +24,7 @@ from flows.experiment import run_jobs
 from flows.obtain import obtain
 from flows.parameters import Positive, PresetName, Seed, Split, Table, check
 from flows.prepare import prepare, prepare_d0, videos
+from flows.rehearse import rehearse
 from pasnet import tracking
 from pasnet.execute import IDLE, RUNNING, StudyError, idle, trainings_at_once
 from pasnet.planning import lines, plan
@@ -97,7 +98,8 @@ def pasnet(
     with stage("videos", seconds):
         datasets = [videos(study, source, workers) for source in study.data if source not in EMBEDDED_SETS]
         used = used_sets(study, datasets, lost)
-        datasets += [videos(study, source, workers) for source in study.data if source in used & set(EMBEDDED_SETS)]
+        made = [videos(study, source, workers) for source in study.data if source in used & set(EMBEDDED_SETS)]
+        datasets += [rehearse(each) for each in made] if study.size.rehearse else made
     with stage("shards", seconds):
         shards = packed(study, [dataset for dataset in datasets if dataset.name in used], workers, lost)
         d0 = prepare_d0(study, workers)

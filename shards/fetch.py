@@ -114,7 +114,7 @@ SOURCES = {
 
 
 def fetch(
-    name: str,
+    name: str | Source,
     out: Path,
     *,
     have: Path | None = None,
@@ -123,7 +123,7 @@ def fetch(
     progress: Progress | None = None,
     sleep: Callable[[float], object] = time.sleep,
 ) -> Dataset:
-    """The dataset `name` (a key of SOURCES) in out/videos/<class>/ and a folder of split lists beside it.
+    """The dataset `name` (of SOURCES, or a Source of your own) in out/videos/<class>/ and its split lists beside it.
 
     `have` is a folder that holds some of it: the archives under their own names, or class folders and split lists at
     most two folders down. Archives are read where they are, folders are linked; `have` is never written to. `mirrors`
@@ -133,9 +133,10 @@ def fetch(
     Raises FetchError, also when a listed video is not there in the end; UnreachableError, which is one, where a server
     may give it later.
     """
-    if name not in SOURCES:
+    if not isinstance(name, Source) and name not in SOURCES:
         raise FetchError(f"{name!r}: no such dataset; one of {', '.join(SOURCES)}")
-    source, out, have = SOURCES[name], Path(out), Path(have) if have is not None else None
+    source = name if isinstance(name, Source) else SOURCES[name]
+    out, have = Path(out), Path(have) if have is not None else None
     for mirror in mirrors:
         if not mirror.startswith(("http://", "https://")):
             raise FetchError(f"{mirror}: not an http or https URL; give a folder of your own with --have")

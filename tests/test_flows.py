@@ -138,10 +138,12 @@ def test_a_killed_study_goes_on_where_it_was(home: Path, videos: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_what_make_smoke_runs(home: Path, tmp_path: Path) -> None:
+def test_what_make_smoke_runs(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Preset smoke as it is, but for the size of networks and the length of trainings: every kind of step, embedded
-    videos in both layouts, a D0 with an ECO and a pose network of its own."""
+    videos in both layouts, fetched from this machine, a D0 with an ECO and a pose network of its own."""
     small = ("model.width=0.0625", "data.input_size=48", "optim.epochs=1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # one that answers nobody: all of it is on this machine
+    monkeypatch.delenv("no_proxy", raising=False)
     ran = run_flow(home, tmp_path, "--preset", "smoke", "--out", "out", *(f"--set={change}" for change in small))
     assert ran.returncode == 0, ran.stderr[-3000:]
     study = results_of(tmp_path / "out")
@@ -156,6 +158,11 @@ def test_what_make_smoke_runs(home: Path, tmp_path: Path) -> None:
         "ECO from synthetic-d0, pose from our own pose network",
     }
     assert [of["dataset"] for of in study["shards"]] == ["synthetic", "synthetic-hmdb", "synthetic-d0"]
+    for name, count in (("synthetic", 150), ("synthetic-hmdb", 84)):  # what was packed is what was fetched
+        [fetched] = (tmp_path / "out" / "data" / name).glob("fetched-*")
+        assert f"{fetched.name}: {count} videos, all that the split lists name" in ran.stdout
+        notes = json.loads((tmp_path / "out" / "shards" / name / "parts" / "build.json").read_text())
+        assert Path(notes["videos"]).samefile(fetched / "videos")
     assert study["figure_3"]["picture"] and (tmp_path / "out" / "figures" / study["figure_3"]["picture"]).is_file()
     page = (tmp_path / "out" / "RESULTS.md").read_text()
     clips = ", ".join(study["figure_3"]["clips"])

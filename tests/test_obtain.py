@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +14,16 @@ from typing import Any, cast
 import pytest
 
 from flows import obtain as obtain_module
+from flows import rehearse as rehearse_module
 from flows import reproduce as reproduce_module
 from flows.obtain import _may_pass, _Shown, fetch_dataset, fetch_weights, obtain
+from flows.rehearse import rehearse
 from flows.reproduce import packed, used_sets
 from pasnet.config import ConfigError
 from pasnet.execute import StudyError
 from pasnet.study import Shards, Study
 from pasnet.weights import WeightsError
-from shards import Dataset
+from shards import Dataset, find_dataset, scan
 from shards.unpack import FetchError, UnreachableError
 
 
@@ -167,6 +172,45 @@ def test_a_set_that_cannot_be_packed_costs_the_others_nothing(monkeypatch: pytes
         packed(Study(splits=(1, 2)), found[1:], 2, {})
 
 
+# Rehearsed
+
+
+@pytest.fixture
+def made(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifacts: SimpleNamespace) -> Dataset:
+    """An embedded set as it was generated, and the fetching task without Prefect."""
+    monkeypatch.setattr(rehearse_module, "fetch_dataset", fetch_dataset.fn)
+    return scan(*find_dataset(shutil.copytree(videos, tmp_path / "made")))
+
+
+def test_a_rehearsal_brings_the_same_videos_past_any_proxy(made: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    monkeypatch.delenv("no_proxy", raising=False)
+    came = rehearse(made)
+    assert came.name == made.name == "synthetic" and came.class_names == made.class_names and not came.missing
+    assert came.folder != made.folder and came.lists != made.lists
+    for ours, theirs in zip(came.videos, made.videos, strict=True):
+        assert (ours.key, ours.label, ours.splits) == (theirs.key, theirs.label, theirs.splits)
+        assert ours.path != theirs.path and ours.path.read_bytes() == theirs.path.read_bytes()
+    assert "no_proxy" not in os.environ
+    assert not list(made.folder.parent.glob("archives-*"))  # what was served
+
+
+def test_a_rehearsal_is_held_once(made: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    came = rehearse(made)
+    with monkeypatch.context() as patch:
+        patch.setattr(rehearse_module, "served", lambda folder: pytest.fail("somebody is asked again"))
+        assert rehearse(made) == came
+        came.videos[0].path.unlink()
+        with pytest.raises(FetchError, match=r"1 of 12 listed videos are not there.*delete .*/videos and run again"):
+            rehearse(made)
+    record = made.folder.parent / "synth.json"
+    record.write_text(record.read_text() + " ")  # other videos than those that were fetched
+    again = rehearse(made)
+    assert again.folder != came.folder and len(again.videos) == 12
+    assert not came.folder.exists()
+
+
 # Shown
 
 
@@ -195,19 +239,30 @@ def artifacts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_every_hundredth_is_an_artifact_and_every_tenth_a_line(
     artifacts: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown = _Shown("ucf101")
+    seconds = itertools.count()  # between one call and the next
+    shown = _Shown("ucf101", lambda: float(next(seconds)))
     for done in range(1001):
         shown("a.rar: downloading", done, 1000)
     assert artifacts.created == [0] and artifacts.updated == list(range(1, 101))
-    assert capsys.readouterr().out.splitlines() == [f"  a.rar: downloading: {p} %" for p in range(0, 101, 10)]
+    assert capsys.readouterr().out.splitlines() == [f"  a.rar: downloading: {p} %" for p in range(10, 101, 10)]
     shown("b.rar: downloading", 5, None)  # of a length that nobody knows
     assert artifacts.updated[-1] == 0
+
+
+def test_what_is_over_in_a_moment_has_one_line(artifacts: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = _Shown("ucf101", lambda: 0.0)
+    for what in ("downloading", "checking"):
+        for done in range(1001):
+            shown(f"a.zip: {what}", done, 1000)
+    assert artifacts.created == [100] and artifacts.updated == [100]
+    assert capsys.readouterr().out.splitlines() == ["  a.zip: downloading: 100 %", "  a.zip: checking: 100 %"]
 
 
 def test_a_server_of_prefects_that_fails_stops_no_download(
     artifacts: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown = _Shown("ucf101")
+    seconds = itertools.count(0, 2)
+    shown = _Shown("ucf101", lambda: float(next(seconds)))
     artifacts.away = True
     for percent in range(35):
         shown("a.rar: downloading", percent, 100)
