@@ -52,8 +52,8 @@ def _run(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # a failed task is reported by run_jobs, in a line
     os.environ.setdefault("DO_NOT_TRACK", "true")
     # Prefect's own server is on this machine: where there is a proxy, it is not asked for that
-    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    os.environ["no_proxy"] = ",".join(filter(None, (given, "127.0.0.1", "localhost")))
+    excepted = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = ",".join(filter(None, (excepted, "127.0.0.1", "localhost")))
     from flows.reproduce import pasnet
     from pasnet.report import summary_table
 
