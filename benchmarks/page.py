@@ -354,8 +354,10 @@ def missed_in_reading(of: Sequence[Result]) -> Iterator[str]:
         )
     if missed(of, "for comparison"):
         yield prose(
-            "**For comparison.** The bounds of the loader are meant for what a GPU is given, planes; these lines hold",
-            "RGB through a plain DataLoader, what a CPU is given, against the same numbers.",
+            "**For comparison.** The loader's bounds are held against what a GPU is given, whole frames as planes,",
+            "whose crop, resize and colour are still to be done there. These lines hold what workers finish, through a",
+            "plain DataLoader, against the same numbers: planes that are cropped and resized, and RGB, which a CPU is",
+            "given.",
             first="- ",
         )
 

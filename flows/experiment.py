@@ -8,6 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 
+from flows.gauge import Gauge
 from pasnet.execute import run_evaluation, run_pose_training, run_training
 from pasnet.study import Job, PoseJob
 
@@ -49,12 +50,15 @@ def run_jobs(jobs: Sequence[Job], tracking_uri: str, pose: PoseJob | None = None
         trained[job.folder] = train.submit(job, tracking_uri, wait_for=parents)
         evaluated[job.folder] = evaluate.submit(job, wait_for=[trained[job.folder]])
     failures: dict[str, str] = {}
+    gauge = Gauge("trainings and evaluations")
+    gauge(0)
     if pose and own_pose:
         own_pose.wait()
         if not own_pose.state.is_completed():
             failures[pose.folder] = _reason(own_pose)
             print(f"    FAILED {failures[pose.folder]}", flush=True)
-    for job in jobs:
+    for number, job in enumerate(jobs):
+        gauge(100 * number / len(jobs))
         evaluated[job.folder].wait()
         if evaluated[job.folder].state.is_completed():
             continue
@@ -64,6 +68,7 @@ def run_jobs(jobs: Sequence[Job], tracking_uri: str, pose: PoseJob | None = None
         failures[job.folder] = f"not begun, since {failures[lost[0]]}" if lost else _reason(ended)
         if not lost:
             print(f"    FAILED {failures[job.folder]}", flush=True)
+    gauge(100)
     return failures
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 
+from flows.gauge import Gauge
 from pasnet import download
 from pasnet.study import WEIGHTS
 from shards import Dataset
@@ -88,10 +88,8 @@ class _Shown:
     """
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self.name, self.clock, self.last = name, clock, -1
+        self.gauge, self.clock, self.last = Gauge(f"{name}: fetched"), clock, -1
         self.said = self.shown = clock()
-        self.artifact: Any = None
-        self.failed = False
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
         percent = 100 * done // total if total else 0
@@ -102,16 +100,7 @@ class _Shown:
         if end or (tenth and now - self.said >= 2):
             self.said = now
             print(f"  {what}: {percent} %", flush=True)
-        if not end and (now - self.shown < 1 or (self.failed and not tenth)):
+        if not end and (now - self.shown < 1 or (self.gauge.failed and not tenth)):
             return
         self.shown = now
-        try:
-            if self.artifact is None:
-                self.artifact = create_progress_artifact(percent, description=f"{self.name}: fetched")
-            else:
-                update_progress_artifact(self.artifact, percent)
-            self.failed = False
-        except Exception as error:  # whatever the API, the network or Prefect's client raises
-            if not self.failed:
-                print(f"  {what}: Prefect does not show the progress ({type(error).__name__}: {error})", flush=True)
-            self.failed = True
+        self.gauge(percent)

@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 from prefect import task
-from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
+from prefect.utilities.annotations import quote
 
 import shards
+from flows.gauge import Gauge
 from pasnet.study import D0_EMBEDDED, EMBEDDED, EMBEDDED_SETS, Shards, Study, make_synthetic
 from shards import Dataset, DecodeSettings
 from shards.pack import ShardPlan, check_owner, check_space, finished_part, write_notes
@@ -53,7 +55,7 @@ def index(dataset: Dataset, plans: tuple[ShardPlan, ...], folder: Path, settings
 
 
 def prepare(study: Study, dataset: Dataset, workers: int) -> Shards:
-    """All tasks of one dataset's shards, `workers` of them at a time."""
+    """All tasks of one dataset's shards, `workers` of them at a time; none for a shard that is finished."""
     settings = DecodeSettings()
     folder = study.root / "shards" / dataset.name
     started = time.perf_counter()
@@ -61,25 +63,25 @@ def prepare(study: Study, dataset: Dataset, workers: int) -> Shards:
         check_owner(dataset, folder)
         plans = shards.plan(dataset, settings)
         write_notes(dataset, plans, folder, settings, max_failed=MAX_FAILED)
-        todo = sum(finished_part(plan, folder) is None for plan in plans)
-        check_space(dataset, settings, folder, todo / len(plans))
-        progress = create_progress_artifact(0.0, description=f"{dataset.name}: shards packed")
+        todo = [plan for plan in plans if finished_part(plan, folder) is None]
+        check_space(dataset, settings, folder, len(todo) / len(plans))
+        packed = Gauge(f"{dataset.name}: shards packed")
         packing: list[PrefectFuture[int]] = []
+        packed(100 * (1 - len(todo) / len(plans)))
         try:
-            for number, plan in enumerate(plans):
+            for number, plan in enumerate(todo):
                 if number >= workers:
-                    packing[
-                        number - workers
-                    ].result()  # a shard that could not be written (a full disk) ends the packing
-                    update_progress_artifact(progress, 100 * (number - workers + 1) / len(plans))
-                packing.append(pack.submit(plan, folder, settings))
+                    packing[number - workers].result()  # a shard that cannot be written (a full disk) ends the packing
+                    packed(100 * (1 - (len(todo) - number + workers - 1) / len(plans)))
+                packing.append(pack.submit(quote(plan), folder, settings))
             for future in packing:
                 future.result()
         finally:
             for future in packing:
                 future.wait()  # the folder stays locked while a task writes into it
-        done = index(dataset, plans, folder, settings)
-        update_progress_artifact(progress, 100.0)
+        # quoted: Prefect looks for tasks' results in all that a task is given, and 13,320 videos are much to look at
+        done = index(quote(dataset), quote(plans), folder, settings)
+        packed(100)
     rate = done.videos / max(time.perf_counter() - started, 1e-9)
     print(
         f"  {done.dataset}: {done.videos} videos, {done.frames} frames, {done.failed} set aside, {rate:.1f} videos/s",

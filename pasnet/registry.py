@@ -144,8 +144,14 @@ def _drive(identity: str) -> str:
     return f"https://drive.google.com/file/d/{identity}/view"
 
 
+def _drive_file(identity: str) -> str:
+    """Where Drive gives the file itself, without the page that asks whether a large one is really wanted. It answers
+    with a page all the same where a file is gone or was fetched too often."""
+    return f"https://drive.usercontent.google.com/download?id={identity}&export=download&confirm=t"
+
+
 def _eco(title: str, file: str, *drive: str, kind: str = "eco", urls: tuple[str, ...] = ()) -> Source:
-    by_hand = (*map(_drive, drive), _BAIDU)
+    urls, by_hand = (*urls, *map(_drive_file, drive)), (*map(_drive, drive), _BAIDU)
     return Source(
         title=f"{title} ({file})",
         kind=kind,
@@ -164,6 +170,7 @@ def _eco_caffe(title: str, file: str, *drive: str, kind: str = "eco") -> Source:
         title=f"{title}, Caffe ({file})",
         kind=kind,
         file=file,
+        urls=tuple(map(_drive_file, drive)),
         by_hand=(*map(_drive, drive), *(() if "kinetics" in file else (uploads,)), scripts),
         licence=_CAFFE_TERMS,
         preprocessing=ECO_CAFFE,

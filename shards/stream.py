@@ -109,11 +109,12 @@ class ClipStream:
         """The clips of one epoch, in the same order for any number of workers.
 
         `after` is the `place` of the last clip that was used: the epoch goes on behind it (its shards are read again,
-        but not decoded). Raises ValueError unless `workers` divides `lanes`, ShardError for a place in another epoch or
-        order, for damage (naming shard and key), and where no video is in the subset.
+        but not decoded). As many of `workers` are started as can share the `lanes` evenly, lest some run ahead of the
+        others. Raises ShardError for a place in another epoch or order, for damage (naming shard and key), and where no
+        video is in the subset.
         """
-        if workers and self.lanes % workers:
-            raise ValueError(f"{workers} workers cannot share {self.lanes} lanes evenly; use a divisor")
+        while workers and self.lanes % workers:
+            workers -= 1
         if after is not None and after.order != self.order(epoch):
             raise ShardError(
                 f"place {tuple(after)} is not of epoch {epoch} in this order: other settings, or other shards"

@@ -164,11 +164,30 @@ def test_a_mirror_comes_first_also_as_a_folder(server: Served, source: Source, t
         quick("pose", tmp_path / "c", mirrors=["ftp://x"])
 
 
+def test_drive_is_asked_for_the_file_itself(
+    server: Served,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    known = REGISTRY["eco-lite-kinetics"]
+    [url] = known.urls
+    host, path = "https://drive.usercontent.google.com", url.removeprefix("https://drive.usercontent.google.com")
+    assert url.startswith(host) and known.by_hand[0].split("/")[-2] in path
+    register(monkeypatch, "eco-lite-kinetics", urls=(server.url + path,))
+    server.files[path[1:]] = PAGE  # gone, or fetched too often
+    by_hand = r"is a web page.*drive\.google\.com/file/.*fetch eco-lite-kinetics --have FILE"
+    with pytest.raises(FetchError, match=by_hand):
+        quick("eco-lite-kinetics", tmp_path)
+    torch.save({"state_dict": public_tensors("eco")}, tmp_path / "eco")
+    server.files[path[1:]] = (tmp_path / "eco").read_bytes()
+    assert quick("eco-lite-kinetics", tmp_path).checkpoint.path == tmp_path / known.file
+
+
 def test_links_that_want_a_browser_are_named(tmp_path: Path) -> None:
     with pytest.raises(
-        WeightsError, match=r"without a browser.*drive\.google\.com/.*fetch eco-lite-kinetics --have FILE"
+        WeightsError, match=r"without a browser.*github\.com/mzolf.*fetch eco-full-kinetics-caffe --have FILE"
     ):
-        quick("eco-lite-kinetics", tmp_path)
+        quick("eco-full-kinetics-caffe", tmp_path)
     with pytest.raises(WeightsError, match=r"no such weights; one of eco-lite-kinetics,"):
         quick("eco", tmp_path)
 

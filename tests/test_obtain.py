@@ -1,4 +1,4 @@
-"""What the flow does about downloads: tried again or not, shown or not, gone without or not. No network, no server."""
+"""What the flow does about downloads and shards: again or not, shown or not, gone without or not. No network."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from typing import Any, cast
 
 import pytest
 
+from flows import gauge as gauge_module
 from flows import obtain as obtain_module
+from flows import prepare as prepare_module
 from flows import rehearse as rehearse_module
 from flows import reproduce as reproduce_module
 from flows.obtain import _may_pass, _Shown, fetch_dataset, fetch_weights, obtain
+from flows.prepare import prepare
 from flows.rehearse import rehearse
 from flows.reproduce import packed, used_sets
 from pasnet.config import ConfigError
@@ -172,6 +175,32 @@ def test_a_set_that_cannot_be_packed_costs_the_others_nothing(monkeypatch: pytes
         packed(Study(splits=(1, 2)), found[1:], 2, {})
 
 
+def test_shards_that_are_finished_cost_no_task(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifacts: SimpleNamespace
+) -> None:
+    submitted: list[str] = []
+    packing, indexing = prepare_module.pack.fn, prepare_module.index.fn
+
+    def submit(plan: Any, folder: Path, settings: Any) -> Ended:
+        submitted.append(plan.unquote().name)
+        return Ended(packing(plan.unquote(), folder, settings))
+
+    def index(dataset: Any, plans: Any, folder: Path, settings: Any) -> Shards:
+        return indexing(dataset.unquote(), plans.unquote(), folder, settings)
+
+    monkeypatch.setattr(prepare_module, "pack", SimpleNamespace(submit=submit))
+    monkeypatch.setattr(prepare_module, "index", index)
+    study, dataset = Study(out=str(tmp_path)), scan(*find_dataset(videos))
+    first = prepare(study, dataset, 5)
+    names = [f"shard-{number:05d}.tar" for number in range(12)]
+    assert submitted == names
+    shown = [*artifacts.created, *artifacts.updated]
+    assert shown[0] == 0 and shown[-1] == 100 and shown == sorted(shown) and len(set(shown)) > 5
+    assert prepare(study, dataset, 5) == first and submitted == names
+    (tmp_path / "shards" / "synthetic" / names[3]).unlink()
+    assert prepare(study, dataset, 5) == first and submitted == [*names, names[3]]
+
+
 # Rehearsed
 
 
@@ -231,8 +260,8 @@ def artifacts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         if asked.away:
             raise RuntimeError("503 Service Unavailable")
 
-    monkeypatch.setattr(obtain_module, "create_progress_artifact", create)
-    monkeypatch.setattr(obtain_module, "update_progress_artifact", update)
+    monkeypatch.setattr(gauge_module, "create_progress_artifact", create)
+    monkeypatch.setattr(gauge_module, "update_progress_artifact", update)
     return asked
 
 
@@ -278,7 +307,4 @@ def test_a_server_of_prefects_that_fails_stops_no_download(
     said = capsys.readouterr().out.splitlines()
     assert [line for line in said if line.endswith("%")] == [f"  a.rar: downloading: {p} %" for p in range(0, 101, 10)]
     other = [line for line in said if not line.endswith("%")]
-    assert (
-        other
-        == ["  a.rar: downloading: Prefect does not show the progress (RuntimeError: 503 Service Unavailable)"] * 2
-    )
+    assert other == ["  ucf101: fetched: Prefect does not show it (RuntimeError: 503 Service Unavailable)"] * 2

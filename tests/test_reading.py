@@ -353,10 +353,8 @@ class TestStream:
     def test_workers_change_neither_order_nor_clips(self, shard_folder: Path) -> None:
         stream = self.make(shard_folder)
         alone = drain(stream.clips(epoch=1))
-        for workers in (1, 2, 4):
+        for workers in (1, 2, 3, 4, 7):  # 3 and 7 are more than share 4 lanes evenly
             assert drain(stream.clips(epoch=1, workers=workers)) == alone
-        with pytest.raises(ValueError, match="3 workers cannot share 4 lanes evenly"):
-            next(stream.clips(workers=3))
         assert [key for key, _ in drain(stream.clips(epoch=0))] != [key for key, _ in alone]
 
     @pytest.mark.parametrize("workers", [0, 2])
