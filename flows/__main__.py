@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flows.loopback import spare_loopback
 from pasnet.cli import call, default_out, study_arguments, study_of
 from pasnet.study import EMBEDDED_SETS, check_datasets, default_data
 
@@ -51,9 +52,7 @@ def _run(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")  # 20 is short on a busy machine
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # a failed task is reported by run_jobs, in a line
     os.environ.setdefault("DO_NOT_TRACK", "true")
-    # Prefect's own server is on this machine: where there is a proxy, it is not asked for that
-    excepted = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    os.environ["no_proxy"] = ",".join(filter(None, (excepted, "127.0.0.1", "localhost")))
+    spare_loopback()  # Prefect's own server is on this machine
     from flows.reproduce import pasnet
     from pasnet.report import summary_table
 

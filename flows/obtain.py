@@ -37,7 +37,7 @@ WEIGHTS_LOCK = threading.Lock()  # pasnet/download.py refuses a second one in th
 @task(task_run_name="fetch {folder}", **AGAIN)
 def fetch_dataset(folder: str, mirrors: Sequence[str], source: Source | None = None) -> Dataset:
     """The archives of `source`, else the official ones of the dataset that `folder` is named after, unpacked there;
-    every listed video is found."""
+    every listed video is found. Raises FetchError as shards/fetch.py does."""
     path = Path(folder)
     try:
         found = fetch(source or path.name, path, mirrors=mirrors, progress=_Shown(path.name))
@@ -80,8 +80,8 @@ def obtain(datasets: Sequence[str], weights: Sequence[str], mirrors: Sequence[st
 
 
 class _Shown:
-    """Progress of a download for a log, every tenth, and as an artifact, every hundredth; what is over in a second or
-    two has one line, at its end.
+    """Progress of a download for a log and as an artifact: where a step begins and ends, and between them every tenth
+    and every hundredth, but no line within two seconds of another and no artifact within one.
 
     A server of Prefect's that does not take an artifact stops no download; it is then asked every tenth only, since it
     may let us wait.
@@ -89,18 +89,19 @@ class _Shown:
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.gauge, self.clock, self.last = Gauge(f"{name}: fetched"), clock, -1
+        self.step = ""
         self.said = self.shown = clock()
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
-        percent = 100 * done // total if total else 0
-        if percent == self.last:
+        percent, begins = 100 * done // total if total else 0, what != self.step
+        if percent == self.last and not begins:
             return
-        now, end, tenth = self.clock(), percent == 100, percent // 10 != self.last // 10
-        self.last = percent
-        if end or (tenth and now - self.said >= 2):
+        now, edge, tenth = self.clock(), begins or percent == 100, percent // 10 != self.last // 10
+        self.step, self.last = what, percent
+        if edge or (tenth and now - self.said >= 2):
             self.said = now
             print(f"  {what}: {percent} %", flush=True)
-        if not end and (now - self.shown < 1 or (self.gauge.failed and not tenth)):
+        if not edge and (now - self.shown < 1 or (self.gauge.failed and not tenth)):
             return
         self.shown = now
         self.gauge(percent)

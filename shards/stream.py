@@ -4,9 +4,10 @@ Plain WebDataset underneath, so that `urls` are what webdataset takes (paths, ht
 not promise is added here: an order that is a function of (seed, epoch, rank) for any number of workers, each clip
 exactly once, and resuming in the middle of an epoch.
 
-How: the shards of an epoch are dealt over the ranks, and a rank's over `lanes`. A lane reads its shards one after the
-other. The stream takes one clip from each lane in turn. A worker serves whole lanes, and the clips of all workers are
-put back into that order, which thus never depends on how many workers there were.
+How: the shards of an epoch are dealt over the ranks, and a rank's over `lanes`; ranks that are more than the shards
+deal the videos of a shard among them. A lane reads its shards one after the other. The stream takes one clip from each
+lane in turn. A worker serves whole lanes, and the clips of all workers are put back into that order, which thus never
+depends on how many workers there were.
 """
 
 from __future__ import annotations
@@ -96,6 +97,10 @@ class ClipStream:
         self.urls, self.sample, self.look, self.size, self.colour = urls, sample, look, size, colour
         self.split, self.subset, self.seed, self.rank, self.world = split, subset, seed, rank, world
         self.lanes, self.shuffle = lanes, shuffle
+        # A rank begins at shard `first`. Of more ranks than shards `sharing` do, and this one is number `turn` of those;
+        # else a shard is one rank's own.
+        self.turn, self.first = divmod(rank, len(urls))
+        self.sharing = len(range(self.first, world, len(urls)))
 
     def order(self, epoch: int) -> str:
         """Ten letters that name all that decides the order of an epoch; the server's address does not."""
@@ -191,8 +196,7 @@ class _Epoch(IterableDataset):  # type: ignore[misc]  # torch's, or webdataset's
         if stream.seed is not None:
             urls = [urls[i] for i in np.random.default_rng([stream.seed, self.epoch]).permutation(len(urls))]
             rng = np.random.default_rng([stream.seed, self.epoch, stream.rank, lane])
-        first = stream.rank % len(urls)  # more ranks than shards: those that begin at the same one share it
-        mine = urls[first :: stream.world][lane :: stream.lanes]
+        mine = urls[stream.first :: stream.world][lane :: stream.lanes]
         if rng is None or stream.shuffle == 1:
             for url in mine:
                 yield from self._choose(url)
@@ -211,8 +215,6 @@ class _Epoch(IterableDataset):  # type: ignore[misc]  # torch's, or webdataset's
     def _choose(self, url: str) -> Iterator[_Chosen]:
         """This rank's clips of one shard: indices, view and JPEGs. The whole shard is read, a few frames are kept."""
         stream, key, count, position = self.stream, "its first video", 0, -1
-        turn, first = divmod(stream.rank, len(stream.urls))
-        sharing = len(range(first, stream.world, len(stream.urls)))  # ranks that read this shard; 1 where it is dealt
         try:
             for sample in _records(url):
                 count += 1
@@ -221,7 +223,7 @@ class _Epoch(IterableDataset):  # type: ignore[misc]  # torch's, or webdataset's
                 if stream.split is not None and meta[f"split{stream.split}"] != stream.subset:
                     continue
                 position += 1
-                if position % sharing != turn:
+                if position % stream.sharing != stream.turn:
                     continue
                 rng = None if stream.seed is None else clip_rng(stream.seed, self.epoch, key)
                 indices = np.ravel(stream.sample(meta["num_frames"], rng=rng))

@@ -46,7 +46,10 @@ def results_of(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_every_fusion_style_and_a_second_run(home: Path, videos: Path, tmp_path: Path) -> None:
+def test_every_fusion_style_and_a_second_run(
+    home: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PASNET_TRAININGS", "2")  # they are small: most of it is Python's start
     data = shutil.copytree(videos, tmp_path / "data")
     victim = sorted((data / "videos").rglob("*.avi"))[0]
     victim.write_bytes(b"damaged")  # set aside with its reason; the run goes on
@@ -142,8 +145,10 @@ def test_what_make_smoke_runs(home: Path, tmp_path: Path, monkeypatch: pytest.Mo
     """Preset smoke as it is, but for the size of networks and the length of trainings: every kind of step, embedded
     videos in both layouts, fetched from this machine, a D0 with an ECO and a pose network of its own."""
     small = ("model.width=0.0625", "data.input_size=48", "optim.epochs=1")
+    monkeypatch.setenv("PASNET_TRAININGS", "2")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # one that answers nobody: all of it is on this machine
-    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     ran = run_flow(home, tmp_path, "--preset", "smoke", "--out", "out", *(f"--set={change}" for change in small))
     assert ran.returncode == 0, ran.stderr[-3000:]
     study = results_of(tmp_path / "out")

@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import threading
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from flows import obtain as obtain_module
 from flows import prepare as prepare_module
 from flows import rehearse as rehearse_module
 from flows import reproduce as reproduce_module
+from flows.loopback import spare_loopback
 from flows.obtain import _may_pass, _Shown, fetch_dataset, fetch_weights, obtain
 from flows.prepare import prepare
 from flows.rehearse import rehearse
@@ -212,6 +214,7 @@ def made(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifact
 
 
 def test_a_rehearsal_brings_the_same_videos_past_any_proxy(made: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it keeps the proxies that it first saw
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("NO_PROXY", "example.org")
     monkeypatch.delenv("no_proxy", raising=False)
@@ -225,6 +228,30 @@ def test_a_rehearsal_brings_the_same_videos_past_any_proxy(made: Dataset, monkey
     assert not list(made.folder.parent.glob("archives-*"))  # what was served
 
 
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"no_proxy": "example.org"}, "example.org"),
+        ({"http_proxy": "http://proxy:3128"}, "127.0.0.1,localhost"),
+        ({"HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": "example.org"}, "example.org,127.0.0.1,localhost"),
+        ({"http_proxy": "http://proxy:3128", "no_proxy": "*"}, "*"),
+    ],
+)
+def test_this_machine_is_excepted_where_there_is_a_proxy(
+    environment: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in os.environ:
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.delenv("no_proxy")  # what the function sets is gone after the test
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    spare_loopback()
+    assert os.environ.get("no_proxy") == expected
+
+
 def test_a_rehearsal_is_held_once(made: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     came = rehearse(made)
     with monkeypatch.context() as patch:
@@ -233,11 +260,21 @@ def test_a_rehearsal_is_held_once(made: Dataset, monkeypatch: pytest.MonkeyPatch
         came.videos[0].path.unlink()
         with pytest.raises(FetchError, match=r"1 of 12 listed videos are not there.*delete .*/videos and run again"):
             rehearse(made)
+    (made.folder.parent / "archives-of-a-killed-run").mkdir()
     record = made.folder.parent / "synth.json"
     record.write_text(record.read_text() + " ")  # other videos than those that were fetched
     again = rehearse(made)
     assert again.folder != came.folder and len(again.videos) == 12
-    assert not came.folder.exists()
+    assert not came.folder.parent.exists() and not list(made.folder.parent.glob("archives-*"))
+
+
+def test_a_machine_that_does_not_reach_itself_says_so(made: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise UnreachableError("a.zip: not downloaded (http://127.0.0.1:1/a.zip: refused); name another with --mirror")
+
+    monkeypatch.setattr(obtain_module, "fetch", refused)
+    with pytest.raises(FetchError, match=r"^synthetic: this machine .* itself: a\.zip: .*refused\); see to that, or"):
+        rehearse(made)
 
 
 # Shown
@@ -273,18 +310,23 @@ def test_every_hundredth_is_an_artifact_and_every_tenth_a_line(
     for done in range(1001):
         shown("a.rar: downloading", done, 1000)
     assert artifacts.created == [0] and artifacts.updated == list(range(1, 101))
-    assert capsys.readouterr().out.splitlines() == [f"  a.rar: downloading: {p} %" for p in range(10, 101, 10)]
+    assert capsys.readouterr().out.splitlines() == [f"  a.rar: downloading: {p} %" for p in range(0, 101, 10)]
     shown("b.rar: downloading", 5, None)  # of a length that nobody knows
     assert artifacts.updated[-1] == 0
 
 
-def test_what_is_over_in_a_moment_has_one_line(artifacts: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_over_in_a_moment_has_two_lines_a_step(
+    artifacts: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
     shown = _Shown("ucf101", lambda: 0.0)
     for what in ("downloading", "checking"):
         for done in range(1001):
             shown(f"a.zip: {what}", done, 1000)
-    assert artifacts.created == [100] and artifacts.updated == [100]
-    assert capsys.readouterr().out.splitlines() == ["  a.zip: downloading: 100 %", "  a.zip: checking: 100 %"]
+    shown("a.zip: unpacking", 0, 7)  # which says no more until it has ended
+    assert artifacts.created == [0] and artifacts.updated == [100, 0, 100, 0]
+    shown("a.zip: unpacking", 7, 7)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"  a.zip: {what}: {p} %" for what in ("downloading", "checking", "unpacking") for p in (0, 100)]
 
 
 def test_a_server_of_prefects_that_fails_stops_no_download(

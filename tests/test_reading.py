@@ -28,11 +28,14 @@ from shards import (
     Clips,
     ShardError,
     View,
+    build,
     centre,
     dense_indices,
     eco_indices,
+    find_dataset,
     multi_clip_indices,
     open_shards,
+    scan,
     segment_indices,
     uniform_indices,
 )
@@ -383,15 +386,19 @@ class TestStream:
             if world == 20 and split is None:  # of two videos, each of two ranks has one
                 assert max(map(len, ranks)) == 1
 
-    def test_ranks_that_share_a_shard_go_on_where_they_were(self, shard_folder: Path) -> None:
-        [(url, count)] = [(url, count) for url, count in shard_urls(shard_folder).items() if count > 1][:1]
-        whole: list[str] = []
-        for rank in range(2):
-            stream = ClipStream({url: count}, FOUR, size=(64, 64), seed=4, rank=rank, world=2)
-            first, *rest = stream.clips(epoch=1)
-            assert drain(stream.clips(epoch=1, workers=2, after=first.place)) == drain(iter(rest))
-            whole += [first.clip.key, *(streamed.clip.key for streamed in rest)]
-        assert len(whole) == len(set(whole)) == count
+    def test_ranks_that_share_a_shard_go_on_where_they_were(self, videos: Path, tmp_path: Path) -> None:
+        build(scan(*find_dataset(videos)), tmp_path, num_shards=1)
+        seen: list[str] = []
+        for rank in range(3):
+            options = {"split": None, "subset": None, "rank": rank, "world": 3}
+            stream = self.make(tmp_path, **options)
+            whole = list(stream.clips(epoch=1))
+            assert len(whole) == 4
+            for done in range(1, 4):
+                rest = stream.clips(epoch=1, workers=2 * (done % 2), after=whole[done - 1].place)
+                assert drain(rest) == drain(iter(whole[done:]))
+            seen += [streamed.clip.key for streamed in whole]
+        assert len(set(seen)) == len(seen) == 12
 
     def test_no_shards(self) -> None:
         with pytest.raises(ShardError, match="no shards to read"):
