@@ -97,7 +97,7 @@ class ClipStream:
         self.urls, self.sample, self.look, self.size, self.colour = urls, sample, look, size, colour
         self.split, self.subset, self.seed, self.rank, self.world = split, subset, seed, rank, world
         self.lanes, self.shuffle = lanes, shuffle
-        # A rank begins at shard `first`. Of more ranks than shards `sharing` do, and this one is number `turn` of those;
+        # A rank begins at shard `first`. Of more ranks than shards `sharing` do, this one as number `turn` of those;
         # else a shard is one rank's own.
         self.turn, self.first = divmod(rank, len(urls))
         self.sharing = len(range(self.first, world, len(urls)))
