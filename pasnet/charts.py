@@ -102,8 +102,8 @@ def bars(title: str, items: Sequence[Bar]) -> Drawing:
         )
         end = bar.ours
         if bar.low is not None and bar.high is not None:
-            _whisker_across(made, x(bar.low), x(bar.high), y + 37)
-            end = max(end, bar.high)
+            _whisker_across(made, x(max(bar.low, 0)), x(min(bar.high, 100)), y + 37, bar.low >= 0, bar.high <= 100)
+            end = max(end, min(bar.high, 100))
         made.text(x(end) + 6, y + 41.5, f"{bar.ours:.2f}", size=12)
     return made
 
@@ -201,10 +201,12 @@ def _legend(made: Drawing, names: Sequence[tuple[str, str, bool]], y: float = 18
         x += size + 24 + 0.56 * size * len(name)
 
 
-def _whisker_across(made: Drawing, low: float, high: float, y: float) -> None:
+def _whisker_across(made: Drawing, low: float, high: float, y: float, *ends: bool) -> None:
+    """From `low` to `high`; `ends` says at which of them it ends, and does not only leave the picture."""
     made.line(low, y, high, y, more=' stroke-width="1.5"')
-    for x in (low, high):
-        made.line(x, y - 4, x, y + 4, more=' stroke-width="1.5"')
+    for x, end in zip((low, high), ends, strict=True):
+        if end:
+            made.line(x, y - 4, x, y + 4, more=' stroke-width="1.5"')
 
 
 def _whisker_upwards(made: Drawing, x: float, low: float, high: float, colour: str) -> None:

@@ -256,6 +256,10 @@ def test_bars_end_where_the_numbers_say() -> None:
     widths = [float(width) for width in re.findall(r'<rect x="6" [^>]*width="([\d.]+)"', svg)]
     assert len(widths) == 2 and widths[1] == pytest.approx(2 * widths[0], abs=0.2)
     assert "a &amp; b" in svg and "not run" in svg
+    wide = bars("t", [Bar(label="I", paper=57.4, ours=28.2, low=-2.1, high=58.5)]).svg()
+    inside = bars("t", [Bar(label="I", paper=57.4, ours=28.2, low=2.1, high=58.5)]).svg()
+    xs = [float(x) for x in re.findall(r' x[12]="([\d.-]+)"', wide)]
+    assert min(xs) == 6 and wide.count("<line") == inside.count("<line") - 1  # it leaves the picture without an end
     assert 'fill="#fff"' not in svg and 'fill="#fff"' in bars("t", []).svg(alone=True)
 
 
