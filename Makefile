@@ -57,6 +57,7 @@ serve: install  ## MLflow's pages for RUN (default: the smoke run) on http://127
 
 bench: install .venv-bench/.installed  ## benchmarks, with their peers, into benchmarks/results/ and docs/performance.md
 	@.venv-bench/bin/python -m benchmarks $(if $(DATA),--data "$(DATA)")
+	@.venv-bench/bin/python -m benchmarks models
 	@$(BIN)/python -m benchmarks study --rounds 3
 	@.venv-bench/bin/python -m benchmarks page
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
+from pasnet.machine import family
 from pasnet.provenance import commit
 from shards import find_dataset
 
@@ -91,7 +92,7 @@ def run(part: str, arguments: argparse.Namespace, scratch: Path) -> tuple[dict[s
             content = train_loop.run(dataset, arguments.rounds, scratch)
         name = f"train-loop-{set_name}" if part == "loop" else f"shards-{part}-{set_name}"
         head["dataset"] = set_name
-    name += f"-{harness.family(head['cpu'])}"
+    name += f"-{family(head['cpu'])}"
     return {**head, "load_before_and_after": [round(load, 2), round(os.getloadavg()[0], 2)], **content}, name
 
 

@@ -195,12 +195,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def family(cpu: str) -> str:
-    """A processor's kind as a part of a file's name, since ratios differ between kinds: "amd-epyc", "intel-xeon"."""
-    words = re.findall(r"[a-z]\w*", re.sub(r"\(\w+\)|processor|cpu", " ", cpu.lower()))
-    return "-".join(words[:2]) or "unknown"
-
-
 def use_ffmpeg(choice: str, folder: Path) -> None:
     """Makes `choice` ("bundled": imageio-ffmpeg's, "path": PATH's own, or a file) the ffmpeg of all that runs here.
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pasnet.config import FUSION_TITLES, FusionConfig, ModelConfig
-from pasnet.machine import hardware
+from pasnet.machine import family, hardware
 from pasnet.models.cost import cost
 from pasnet.models.fast import has_fast_bf16, optimised
 from pasnet.models.pasnet import PASNet, build
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     content = bench.agreement() if arguments.reference else bench.everything()
     report(content)
     if not arguments.reference:
-        kind = "cpu" if arguments.device == "cpu" else hardware().lower().replace(" ", "-")
+        kind = family(hardware()) if arguments.device == "cpu" else hardware().lower().replace(" ", "-")
         path = arguments.out / f"model-speed-{kind}{'-quick' if arguments.quick else ''}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")

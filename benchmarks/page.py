@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.harness import QUIET, RESULTS, TRIES, family
+from benchmarks.harness import QUIET, RESULTS, TRIES
 from benchmarks.shards_build import HEIGHT, WIDTH, X264, name_of
 from benchmarks.shards_read import PLANES, RAW
 from benchmarks.study import PEAK, STUDY
 from benchmarks.train_loop import LOOP, SHARES
+from pasnet.machine import family
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 PARTS = {

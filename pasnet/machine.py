@@ -33,6 +33,12 @@ def hardware() -> str:
     return f"{names[0] if names else 'CPU'}, {cores} cores"
 
 
+def family(cpu: str) -> str:
+    """A processor's kind as a part of a file's name, since ratios differ between kinds: "amd-epyc", "intel-xeon"."""
+    words = re.findall(r"[a-z]\w*", re.sub(r"\(\w+\)|processor|cpu", " ", cpu.lower()))
+    return "-".join(words[:2]) or "unknown"
+
+
 class Load:
     """Samples in a daemon thread; `take` returns means and peaks since it was last called."""
 

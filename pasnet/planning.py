@@ -2,7 +2,7 @@
 
 Work is counted (pasnet/models/cost.py: a training clip costs three forward passes, one evaluated clip costs one). Hours
 are that work divided by a rate that was measured on the same kind of device, in a finished training of this study or
-by `make bench`; where there is no such measurement, there are no hours, and the plan says how to get them.
+by `python -m benchmarks models`; where there is none, there are no hours, and the plan says how to get them.
 
 Of data that are not there yet the disk is estimated, downloads and generated videos included: "about" in the text,
 "estimate" in JSON. Where a part is unknown or only its least is known, that is "at least", "at_least".
@@ -70,7 +70,7 @@ ARCHIVE_BYTES = {"hmdb51": 2_100_000_000}
 # at 0 and 0.25 in the whole sets of presets smoke and science, else in 48 clips of 24 to 40 frames.
 SYNTH_BYTES = ((0.0, 10_400, 1_600), (0.25, 13_400, 2_100), (0.5, 19_500, 5_700), (1.0, 28_400, 17_300))
 BACKWARD = 2  # forward passes that a backward pass costs, as torch's FLOP counter and the benchmarks count
-NO_MEASUREMENT = "no measurement for {device}; give --clips-per-second or run `make bench`"
+NO_MEASUREMENT = "no measurement for {device}; give --clips-per-second or run `python -m benchmarks models`"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from benchmarks import study, train_loop
-from benchmarks.harness import RESULTS, family
+from benchmarks.harness import RESULTS
 from benchmarks.page import PAGE, prose, render
 from pasnet import train as training
 from pasnet.config import DataConfig, FusionConfig, ModelConfig, OptimConfig, TrainConfig
 from pasnet.data import Loader, open_shards
+from pasnet.machine import family
 
 MODELS = {
     "date": "2026-12-01",

@@ -30,7 +30,7 @@ def test_a_study_can_be_planned_before_its_videos_are_there() -> None:
     assert first["checkpoint_bytes"] == 8 * of.parameters and first["model_bytes"] == 4 * of.parameters
     assert first["hours"] is None and planned["totals"]["hours"] is None
     said = "\n".join(lines(planned))
-    assert "no measurement for no such card; give --clips-per-second or run `make bench`" in said
+    assert "no measurement for no such card; give --clips-per-second or run `python -m benchmarks models`" in said
     assert "not there, official counts" in said
 
 
