@@ -470,10 +470,10 @@ _TINY = OptimConfig(epochs=1, lr=0.01, batch=4, micro_batch=4, schedule="constan
 PRESETS: dict[str, Preset] = {
     # The paper's setting; the facts give no reason for other rates in the two finetunes.
     "full": Preset(width=1.0, input_size=224, num_segments=None, optim=OptimConfig(), eco_optim=OptimConfig()),
-    # Minutes on two cores: shows that every part works, not how good PAS-Net is. Each kind of step is in it: fetching
-    # (from a server on this machine), a D0 with its ECO and its pose network, both layouts of split lists, both
-    # finetunes, evaluations. Nothing here comes from Kinetics, hence ECO's 5 times higher rate and small batch. (At 20
-    # times, whether it learns at all hangs on the seed.)
+    # Minutes on two cores: shows that every part works, not how good PAS-Net is. Each kind of step but public weights
+    # is in it: fetching (from a server on this machine), a D0 with its ECO and its pose network, both layouts of split
+    # lists, both finetunes, evaluations. Nothing here comes from Kinetics, hence ECO's 5 times higher rate and small
+    # batch. (At 20 times, whether it learns at all hangs on the seed.)
     "smoke": Preset(
         width=0.125,
         input_size=112,

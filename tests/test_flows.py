@@ -226,13 +226,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def artifacts(env: dict[str, str]) -> set[str]:
-    """The keys of what the flows have left to look at."""
+def artifacts(env: dict[str, str]) -> list[dict[str, Any]]:
+    """What the flows have left to look at."""
     asked = urllib.request.Request(
         f"{env['PREFECT_API_URL']}/artifacts/filter", data=b"{}", headers={"Content-Type": "application/json"}
     )
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=60) as answer:
-        return {artifact["key"] for artifact in json.load(answer)}
+        found: list[dict[str, Any]] = json.load(answer)
+    return found
 
 
 @pytest.fixture
@@ -308,7 +309,7 @@ def test_the_deployment_runs_through_a_server_and_a_worker(
         prefect_server, "deployment", "run", "pasnet/table-1", "--param", "dry_run=true", "--watch", timeout=200
     )
     assert planned.returncode == 0, planned.stdout[-2000:] + (tmp_path / "worker.log").read_text()[-3000:]
-    assert "plan" in artifacts(prefect_server)
+    assert "plan" in {of["key"] for of in artifacts(prefect_server)}
     assert "trainings, 0 of them done" in (tmp_path / "worker.log").read_text()
 
     data = shutil.copytree(videos, tmp_path / "data")
@@ -322,4 +323,7 @@ def test_the_deployment_runs_through_a_server_and_a_worker(
     )
     records = results_of(tmp_path / "out")["results"]
     assert [record["status"] for record in records] == ["done", "done"]
-    assert {"results", "mlflow", "failures-synthetic"} <= artifacts(prefect_server)
+    left = artifacts(prefect_server)
+    assert {"results", "mlflow", "failures-synthetic"} <= {of["key"] for of in left}
+    progress = {of["description"]: float(of["data"]) for of in left if of["type"] == "progress"}
+    assert progress == {"synthetic: shards packed": 100, "trainings and evaluations": 100}
