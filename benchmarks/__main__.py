@@ -1,10 +1,11 @@
-"""`python -m benchmarks [build|read|index|loop|study|all]`: data path, training loop and conductor, as JSON and tables.
+"""`python -m benchmarks [build|read|index|loop|study|again|all]`: data path, training loop, conductor; JSON and tables.
 
 `python -m benchmarks models ...` is benchmarks/model_speed.py, the networks; that file runs alone, too.
 `python -m benchmarks page` writes docs/performance.md from the JSON that is there.
 
 Peers need benchmarks/requirements.txt; those that are not installed are listed as not run. Without --data the videos
-are generated. "study" is not among "all": it is the product as it is installed, Prefect and MLflow included.
+are generated. "study" and "again" are not among "all": they are the product as it is installed, Prefect and MLflow
+included.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pasnet.provenance import commit
 from shards import find_dataset
 
 ALL = ("build", "read", "index", "loop")
-PARTS = (*ALL, "study")
+PARTS = (*ALL, "study", "again")
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="speed of the data path against peers")
     parser.epilog = "models: the networks, see models --help; page: docs/performance.md from the JSON that is there"
-    parser.add_argument("part", nargs="?", help="all: all but study", choices=(*PARTS, "all"), default="all")
+    parser.add_argument("part", nargs="?", help="all: all but study and again", choices=(*PARTS, "all"), default="all")
     parser.add_argument("--data", type=Path, help="dataset folder; default: generated videos")
     parser.add_argument("--videos", type=int, default=24, help="how many of them (evenly spread); 0: all")
     parser.add_argument("--rounds", type=int, default=5)
@@ -74,6 +75,11 @@ def run(part: str, arguments: argparse.Namespace, scratch: Path) -> tuple[dict[s
 
         content = study.run(arguments.rounds, scratch)
         name = "study"
+    elif part == "again":
+        from benchmarks import second_run
+
+        content = second_run.run(arguments.rounds, scratch)
+        name = "second-run"
     else:
         dataset = harness.videos(arguments.data, arguments.videos, scratch)
         folder = arguments.data or scratch / "synthetic"

@@ -26,15 +26,16 @@ STUDY = "a study on two small sets"
 PEAK = 989e12  # FLOP/s of dense bf16 products that NVIDIA's data sheet gives an H100 SXM; no training comes near
 
 
-def flow(scratch: Path) -> dict[str, Any]:
-    """One run of the study: seconds by the clock, and by stage; how many tasks Prefect ran and processes we started."""
+def flow(scratch: Path, *arguments: str, trainings: int = 1) -> dict[str, Any]:
+    """One run of a study, into scratch/out: seconds by the clock, and by stage; how many tasks Prefect ran and
+    processes we started."""
     home = scratch / "prefect"
     home.mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, "PREFECT_HOME": str(home), "PASNET_LOCKS": str(scratch), "PASNET_TRAININGS": "1"}
+    env = {**os.environ, "PREFECT_HOME": str(home), "PASNET_LOCKS": str(scratch), "PASNET_TRAININGS": str(trainings)}
     for server in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):  # not the user's own
         env.pop(server, None)
     before = _tasks(home)
-    command = [sys.executable, "-m", "flows", "--preset", "smoke", "--out", str(scratch / "out")]
+    command = [sys.executable, "-m", "flows", *arguments, "--out", str(scratch / "out")]
     started = time.perf_counter()
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     seconds = time.perf_counter() - started
@@ -65,8 +66,8 @@ def run(rounds: int, scratch: Path) -> dict[str, Any]:
     first, again = [], []
     for number in range(rounds):
         folder = scratch / str(number)
-        first.append(flow(folder))
-        again.append(flow(folder))
+        first.append(flow(folder, "--preset", "smoke"))
+        again.append(flow(folder, "--preset", "smoke"))
         print(f"  round {number + 1}: {first[-1]['seconds']:.0f} s, again {again[-1]['seconds']:.1f} s", flush=True)
     official = (str(scratch / "ucf101"), str(scratch / "hmdb51"))  # not there: the official counts
     return content(first, again, plan(Study(data=official, out=str(scratch / "full"))))
