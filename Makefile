@@ -59,6 +59,7 @@ bench: install .venv-bench/.installed  ## benchmarks, with their peers, into ben
 	@.venv-bench/bin/python -m benchmarks $(if $(DATA),--data "$(DATA)")
 	@.venv-bench/bin/python -m benchmarks models
 	@$(BIN)/python -m benchmarks study --rounds 3
+	@$(BIN)/python -m benchmarks again --rounds 3
 	@.venv-bench/bin/python -m benchmarks page
 
 clean:  ## removes the environment and caches; runs/ stays

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.harness import QUIET, RESULTS, TRIES
+from benchmarks.second_run import AGAIN
 from benchmarks.shards_build import HEIGHT, WIDTH, X264, name_of
 from benchmarks.shards_read import PLANES, RAW
 from benchmarks.study import PEAK, STUDY
@@ -28,6 +29,7 @@ PARTS = {
     "index": "the index",
     "train-loop": "the training loop",
     "study": "the study",
+    "second-run": "the second run",
 }
 # What older results are results of: until which day, which part, what it did otherwise
 CHANGES = (
@@ -77,6 +79,7 @@ def render(results: Path = RESULTS) -> str:
         ("index", index),
         ("train-loop", looping),
         ("study", conducting),
+        ("second-run", repeating),
     ):
         if of := [result for result in data if result.part == part]:
             blocks += section(of)
@@ -220,9 +223,10 @@ def head(data: Sequence[Result]) -> Iterator[str]:
     yield prose(
         "`python -m benchmarks [build|read|index|loop|all] --data FOLDER` (`make bench DATA=FOLDER`, which writes this",
         "page, too) runs the data path against named peers, and the training loop: alternated in a new order every",
-        "round, a ratio within each round, medians over rounds. (The study is not alternated: `python -m benchmarks",
-        "study` has a process tree of its own as the peer.) CPU time (user + system of the process tree) where one",
-        "process works; the clock where several do, and then a sample in which other processes used more than",
+        "round, a ratio within each round, medians over rounds. (Studies are not alternated: `python -m benchmarks",
+        "study` has a process tree of its own as the peer, `python -m benchmarks again` none.) CPU time (user +",
+        "system of the process tree) where one process works; the clock where several do, and then a sample in which",
+        "other processes used more than",
         f"{100 * QUIET:.0f} % of the machine is taken again, up to {TRIES - 1} times. The peers live in an environment",
         "of their own (`benchmarks/requirements.txt`); one that is not installed is listed as not run. The JSON holds",
         "every round, and the machine's load before and after, since the machines have other work, too. Read the",
@@ -545,6 +549,26 @@ def conducting(of: Sequence[Result]) -> Iterator[str]:
             (STUDY, "seconds", *(name.replace("_", " ") for name in names)),
             [(peer(row), number(row["seconds"]), *(row.get(name) for name in names)) for row in rows(result, STUDY)],
         )
+
+
+def repeating(of: Sequence[Result]) -> Iterator[str]:
+    """benchmarks/second_run.py, machine by machine."""
+    yield "## A second full reproduction"
+    yield prose(
+        "`python -m benchmarks again`: how long it takes to find that nothing is left to do. Networks, frames and",
+        "clips are small; the numbers of videos, frames and predictions, lists, rows and trainings are the true ones.",
+        "Public weights are not part of it, shards are 16 of each set, and there are no checkpoints or pictures of",
+        "full size, which a second run does not open.",
+    )
+    for result in of:
+        content = result.content
+        yield f"### A second full reproduction on {result.machine}"
+        yield prose(
+            f"{content['what']}: {content['trainings']} trainings, {content['first']['processes']} processes in",
+            f"{number(content['first']['seconds'] / 60)} minutes; then, {content['rounds']} times,",
+            f"{content['tasks']} Prefect tasks in {series([number(s) or '' for s in content['rounds_seconds']])} s.",
+        )
+        yield table((AGAIN, "seconds"), [(peer(row), number(row["seconds"])) for row in rows(result, AGAIN)])
 
 
 def anything(of: Sequence[Result]) -> Iterator[str]:

@@ -18,8 +18,6 @@ from typing import Any
 
 from benchmarks.harness import bound
 from benchmarks.study import flow
-from pasnet.planning import plan
-from pasnet.study import Study
 from shards import ffmpeg_exe
 from shards.datasets import OFFICIAL_COUNTS
 
@@ -92,6 +90,9 @@ def _clips(folder: Path, frames: int) -> list[Path]:
 
 def run(rounds: int, scratch: Path) -> dict[str, Any]:
     """The first reproduction, and `rounds` times another."""
+    from pasnet.planning import plan
+    from pasnet.study import Study
+
     data = [str(official(name, scratch / "data")) for name in FRAMES]
     small = [f"--set={name}={value}" for name, value in SMALL.items()]
     arguments = ("--preset", "full", *(f"--data={folder}" for folder in data), "--fetch", *small)

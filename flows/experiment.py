@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 
 from flows.gauge import Gauge
+from flows.rehearse import rehearse_weights
 from pasnet.execute import run_evaluation, run_pose_training, run_training
 from pasnet.study import Job, PoseJob
 
@@ -17,6 +18,8 @@ from pasnet.study import Job, PoseJob
 def train_pose(job: PoseJob) -> str:
     """The folder of our own pose network."""
     run_pose_training(job)
+    if job.rehearse:
+        rehearse_weights(job)
     return job.folder
 
 

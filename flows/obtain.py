@@ -19,6 +19,7 @@ from prefect.futures import PrefectFuture
 
 from flows.gauge import Gauge
 from pasnet import download
+from pasnet.registry import Source as PublicWeights
 from pasnet.study import WEIGHTS
 from shards import Dataset
 from shards.fetch import Source, fetch
@@ -50,10 +51,13 @@ def fetch_dataset(folder: str, mirrors: Sequence[str], source: Source | None = N
 
 
 @task(task_run_name="fetch weights {name}", **AGAIN)
-def fetch_weights(name: str, mirrors: Sequence[str]) -> None:
-    """Public weights, by their name in pasnet/registry.py, into weights/."""
+def fetch_weights(
+    name: str, mirrors: Sequence[str], source: PublicWeights | None = None, folder: str = WEIGHTS
+) -> None:
+    """`source`, else the public weights of that name in pasnet/registry.py, into `folder`. Raises WeightsError and
+    FetchError as pasnet/download.py does."""
     with WEIGHTS_LOCK:
-        found = download.fetch(name, Path(WEIGHTS), mirrors=mirrors, progress=_Shown(name))
+        found = download.fetch(source or name, Path(folder), mirrors=mirrors, progress=_Shown(name))
     print("\n".join(f"  {line}" for line in found.lines), flush=True)
 
 

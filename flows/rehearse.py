@@ -1,7 +1,9 @@
-"""An embedded set by the way that official ones come: archives, a server, a download, unpacking, every video checked.
+"""What is made here, by the way that official sets and public weights come.
 
-Preset smoke does so: who has seen it end knows that a fetch works on this machine, and needed no network for it. The
-server is on loopback, and gone when the archives have come.
+An embedded set goes into archives: a server, a download, unpacking, every video checked. Our own pose network is the
+file that a server has: a download, its size and sum, and its tensors by the names of the public one. Preset smoke does
+so, and packs and trains from what came: who has seen it end knows that a fetch works on this machine, and needed no
+network for it. The server is on loopback, and gone when the files have come.
 """
 
 from __future__ import annotations
@@ -9,12 +11,17 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 
 from flows.loopback import served
-from flows.obtain import fetch_dataset
+from flows.obtain import fetch_dataset, fetch_weights
+from pasnet import registry
+from pasnet.study import PoseJob
+from pasnet.weights import sha256_of
 from shards import Dataset
 from shards.fetch import Archive, Source
 from shards.unpack import FetchError
@@ -43,14 +50,43 @@ def rehearse(made: Dataset) -> Dataset:
         with tempfile.TemporaryDirectory(prefix="archives-", dir=root) as archives:
             for part, of in (("videos", made.folder), ("splits", made.lists)):
                 shutil.make_archive(str(Path(archives) / f"{made.name}-{part}"), "zip", of.parent, of.name)
-            with served(Path(archives)) as address:
-                try:
-                    return fetch_dataset(str(folder), (), _source(made.name, Path(archives), address))
-                except FetchError as error:  # its advice is for a server of somebody else's
-                    raise FetchError(
-                        f"{made.name}: this machine does not get files from itself: {str(error).partition('; ')[0]}; "
-                        "see to that, or leave downloads alone with another preset, or with data of your own"
-                    ) from error
+            with served(Path(archives)) as address, _in_our_words(made.name):
+                return fetch_dataset(str(folder), (), _source(made.name, Path(archives), address))
+
+
+def rehearse_weights(job: PoseJob) -> None:
+    """Our own pose network's file at `job.weights`, fetched where it is not there already, from `job.trained`.
+
+    Raises as `rehearse`; WeightsError where what came is not what was sent.
+    """
+    trained, target = Path(job.trained), Path(job.weights)
+    with FileLock(f"{target.parent}.lock"):
+        if target.is_file() and sha256_of(target) != sha256_of(trained):  # of a training that was done anew
+            target.unlink()
+        with served(trained.parent) as address, _in_our_words(job.title):
+            source = registry.Source(
+                title="our own pose network",
+                kind="pose",
+                file=trained.name,
+                urls=(f"{address}/{trained.name}",),
+                licence="ours",
+                preprocessing=registry.OPENPOSE,
+                size=trained.stat().st_size,
+                sha256=sha256_of(trained),
+            )
+            fetch_weights(job.title, (), source, str(target.parent))
+
+
+@contextmanager
+def _in_our_words(name: str) -> Iterator[None]:
+    """A download's own advice is for a server of somebody else's."""
+    try:
+        yield
+    except FetchError as error:
+        raise FetchError(
+            f"{name}: this machine does not get files from itself: {str(error).partition('; ')[0]}; "
+            "see to that, or leave downloads alone with another preset, or with data of your own"
+        ) from error
 
 
 def _source(name: str, archives: Path | None = None, address: str = "") -> Source:

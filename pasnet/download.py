@@ -23,7 +23,7 @@ from shards.download import File, Progress, obtain
 
 
 def fetch(
-    name: str,
+    name: str | Source,
     folder: Path,
     *,
     have: Path | None = None,
@@ -31,14 +31,15 @@ def fetch(
     progress: Progress | None = None,
     sleep: Callable[[float], object] = time.sleep,
 ) -> Inspection:
-    """The registry's file `name` in `folder`, and what it is. What is there already is checked again, not downloaded.
+    """The registry's file `name`, or a file of your own, in `folder`, and what it is. What is there already is checked
+    again, not downloaded.
 
     `have` is a file that was downloaded by hand; it is copied. `mirrors` are base URLs (http, https or file) that are
     tried first, as <mirror>/<file name>. Raises WeightsError; FetchError (of shards) where no server gives the file.
     """
-    if name not in REGISTRY:
+    if not isinstance(name, Source) and name not in REGISTRY:
         raise WeightsError(f"{name!r}: no such weights; one of {', '.join(REGISTRY)}")
-    source, folder = REGISTRY[name], Path(folder)
+    source, folder = name if isinstance(name, Source) else REGISTRY[name], Path(folder)
     for mirror in mirrors:
         if not mirror.startswith(("http://", "https://", "file:///")):
             raise WeightsError(f"{mirror}: not an http, https or file URL; give a file of your own with --have")
@@ -72,8 +73,10 @@ def fetch(
         raise WeightsError(f"{folder}: another fetch into this folder is running; wait for it or stop it") from None
 
 
-def _by_hand(name: str, source: Source) -> str:
+def _by_hand(name: str | Source, source: Source) -> str:
     links = " or ".join(source.by_hand or source.urls)
+    if isinstance(name, Source):
+        return f"see to {links or source.title}"
     return f"download it in a browser from {links}, then run `pasnet weights fetch {name} --have FILE`"
 
 

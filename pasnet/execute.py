@@ -77,7 +77,7 @@ def run_pose_training(job: PoseJob) -> bool:
     folder = Path(job.folder)
 
     def done() -> bool:
-        return (folder / "quality.json").is_file() and Path(job.weights).is_file()
+        return (folder / "quality.json").is_file() and Path(job.trained).is_file()
 
     if done():
         return False

@@ -461,7 +461,7 @@ class Preset:
     d0_eco_optim: OptimConfig | None = None  # None: as eco_optim
     d0_optim: OptimConfig | None = None  # of PAS-Net on D0, strategy "recent"; None: as optim
     pose: PoseTrainConfig = field(default_factory=PoseTrainConfig)  # width and input size are the study's
-    rehearse: bool = False  # embedded sets are fetched as official ones are, from a server on this machine
+    rehearse: bool = False  # embedded sets and our own pose network are fetched, from a server on this machine
     remark: str = ""  # what every report of it must say of how these values came about
 
 
@@ -470,8 +470,8 @@ _TINY = OptimConfig(epochs=1, lr=0.01, batch=4, micro_batch=4, schedule="constan
 PRESETS: dict[str, Preset] = {
     # The paper's setting; the facts give no reason for other rates in the two finetunes.
     "full": Preset(width=1.0, input_size=224, num_segments=None, optim=OptimConfig(), eco_optim=OptimConfig()),
-    # Minutes on two cores: shows that every part works, not how good PAS-Net is. Each kind of step but public weights
-    # is in it: fetching (from a server on this machine), a D0 with its ECO and its pose network, both layouts of split
+    # Minutes on two cores: shows that every part works, not how good PAS-Net is. Each kind of step is in it: fetching
+    # videos and weights (from a server on this machine), a D0 with its ECO and its pose network, both layouts of split
     # lists, both finetunes, evaluations. Nothing here comes from Kinetics, hence ECO's 5 times higher rate and small
     # batch. (At 20 times, whether it learns at all hangs on the seed.)
     "smoke": Preset(

@@ -520,7 +520,7 @@ def _pose_training(job: PoseJob, dataset: str, rates: Sequence[Rate]) -> dict[st
 
     size = job.config.input_size
     with_pose, without = cost(model(DEFAULT_FUSION), 1, size), cost(model("A"), 1, size)
-    done, frames = Path(job.weights).is_file(), job.config.steps * job.config.batch
+    done, frames = Path(job.trained).is_file(), job.config.steps * job.config.batch
     frames, measured = (0, 0) if done else (frames, job.config.measure)
     gmacs = (with_pose.gmacs - without.gmacs) * ((1 + BACKWARD) * frames + measured)
     usable = [rate for rate in rates if rate.needs_pose and rate.form in ("", "fp32")]

@@ -302,13 +302,19 @@ class PoseJob:
     shards: str
     joints: str
     folder: str
+    rehearse: bool = False  # what starts from it gets it as public weights come, from a server on this machine
 
     title = "pose network"
 
     @property
-    def weights(self) -> str:
-        """The file that init.pose takes."""
+    def trained(self) -> str:
+        """The file that the training makes."""
         return str(Path(self.folder) / "pose.safetensors")
+
+    @property
+    def weights(self) -> str:
+        """The file that init.pose takes: that one, or where it has come to."""
+        return str(Path(self.folder) / "fetched" / "pose.safetensors") if self.rehearse else self.trained
 
 
 D0_EMBEDDED = f"{EMBEDDED}-d0"
@@ -402,7 +408,13 @@ def pose_job(study: Study, d0: Shards | None) -> PoseJob | None:
     size |= {name: value for key, name in SIZES.items() if (value := study.overrides.get(key)) is not None}
     config: PoseTrainConfig = replace(study.size.pose, size)
     name = f"{d0.dataset}-{digest([NUMERICS, VERSION, to_dict(config), d0.digest])}"
-    return PoseJob(config=config, shards=d0.folder, joints=str(joints), folder=str(study.root / "pose" / name))
+    return PoseJob(
+        config=config,
+        shards=d0.folder,
+        joints=str(joints),
+        folder=str(study.root / "pose" / name),
+        rehearse=study.size.rehearse,
+    )
 
 
 SIZES = {"model.width": "width", "data.input_size": "input_size"}  # the pose network's, where they are overridden

@@ -1,20 +1,25 @@
 """The fast decoder: ffmpeg's libraries in this process, through PyAV.
 
 No process to start, no pipe to copy through: about two thirds of the cost of decode_ffmpeg.py (docs/performance.md). In
-return a file that crashes libavcodec takes the build with it (finished shards stay), and the time limit is looked at
-between packets only.
+return a file that crashes libavcodec takes this process with it, and the time limit is looked at between packets only.
+In a worker of a build (pool.py), `give_notice` makes of both what the other decoder makes of them: a video that is set
+aside with its reason. The build then begins the unfinished shards again without it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import faulthandler
 import functools
+import re
+import resource
 import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import av
 import numpy as np
@@ -23,6 +28,10 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from shards.decode import DecodeError, DecodeSettings, Planes, SourceInfo
 
 MAX_ERROR_RATE = 2 / 3  # of packets, past which ffmpeg's own command gives a video up
+GRACE = 5.0  # seconds past the limit, which is otherwise found between packets
+MAX_ADDRESS_SPACE = 8 << 30  # bytes beyond what a worker has at its start, as decode_ffmpeg.py gives a process
+
+_notice: IO[str] | None = None  # where this process, if it may be ended for a video, writes which it is
 
 
 @functools.cache
@@ -40,6 +49,10 @@ class PyAVDecoder:
         self.info: SourceInfo | None = None
 
     def __iter__(self) -> Iterator[Planes]:
+        with _noticed(self.video, self.settings.timeout + GRACE):
+            yield from self._frames()
+
+    def _frames(self) -> Iterator[Planes]:
         deadline = time.monotonic() + self.settings.timeout
         try:
             # titles in Latin-1 are common in HMDB-51 and no reason to refuse a video
@@ -132,6 +145,43 @@ class PyAVDecoder:
         if a * d - b * c < 0 or ((a or d) and (b or c)):
             raise DecodeError(self.video, "it is to be shown mirrored or aslant; use --decoder ffmpeg for it")
         return round(frame.rotation / 90) % 4
+
+
+def give_notice(path: Path) -> None:
+    """From now on a video that crashes this process, or hangs in it past its time, ends it and is named in the file
+    `path`, which `ended_by` reads; and the process has no more than MAX_ADDRESS_SPACE to decode in."""
+    global _notice
+    _notice = open(path, "w", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115  as long as the process lives
+    faulthandler.enable(_notice)
+    with contextlib.suppress(OSError, ValueError):  # Linux; a lower limit of the user's stays
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MAX_ADDRESS_SPACE, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+@contextlib.contextmanager
+def _noticed(video: Path, seconds: float) -> Iterator[None]:
+    """Gives notice of a video, where `give_notice` was called."""
+    if _notice is None:
+        yield
+        return
+    _notice.write(f"{video}\n")
+    _notice.flush()
+    # a thread that needs no interpreter, which a decoder that hangs may hold
+    faulthandler.dump_traceback_later(seconds, exit=True, file=_notice)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        _notice.seek(0)
+        _notice.truncate()
+
+
+def ended_by(path: Path, settings: DecodeSettings) -> tuple[str, str] | None:
+    """(video, reason) where the process whose notice this is was ended for a video, else None."""
+    video, _, said = path.read_text("utf-8", "surrogateescape").partition("\n")
+    if crashed := re.search(r"^Fatal Python error: (.+)$", said, re.M):
+        return video, f"crashed the decoder ({crashed[1]})"
+    return (video, f"took longer than {settings.timeout:g} s") if re.match(r"Timeout \(", said) else None
 
 
 def _words(error: av.error.FFmpegError) -> str:

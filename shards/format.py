@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-FORMAT_VERSION = 2  # 1 had no source_frames, source_bytes and frame_crc32
+FORMAT_VERSION = 3  # 1 had no source_frames, source_bytes and frame_crc32; 2 had null for "" in the tars
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -13,7 +13,7 @@ INDEX_SCHEMA = pa.schema(
         ("class_name", pa.string()),
         ("label", pa.int32()),
         ("group", pa.string()),
-        ("split1", pa.string()),  # train, test, or null where the split does not use the video
+        ("split1", pa.string()),  # train, test, or null where the split does not use the video; "" in the tars
         ("split2", pa.string()),
         ("split3", pa.string()),
         ("shard", pa.string()),

@@ -19,7 +19,7 @@ import re
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -217,10 +217,12 @@ def build_shard(
     on_video: OnVideo | None = None,
     *,
     expected: str | None = None,
+    ruinous: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Writes out/<name> and out/parts/<name>.json unless they are there already; returns what the part file says.
 
-    A video that cannot be decoded goes into the part's `failures` with its reason, and the shard goes on without it.
+    A video that cannot be decoded goes into the part's `failures` with its reason, and the shard goes on without it; so
+    does one of `ruinous` ({path: reason}), which is not tried.
     Both files are written under another name and renamed when complete, so that a killed build leaves no half shard.
     The caller holds `locked(out)`. Raises BuildError when the disk is full, and when `expected` is given and is not the
     sha256 of what came out: then the old shard stays.
@@ -233,7 +235,7 @@ def build_shard(
     part_path.parent.mkdir(parents=True, exist_ok=True)
     tar_path, scratch = out / shard.name, out / f"{shard.name}.tmp"
     try:
-        records, failed = _write_tar(scratch, shard, settings, on_video)
+        records, failed = _write_tar(scratch, shard, settings, on_video, ruinous or {})
         _add_offsets(scratch, records)
         with open(scratch, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -423,7 +425,7 @@ def check_space(dataset: Dataset, settings: DecodeSettings, out: Path, share: fl
 
 
 def _write_tar(
-    path: Path, shard: ShardPlan, settings: DecodeSettings, on_video: OnVideo | None
+    path: Path, shard: ShardPlan, settings: DecodeSettings, on_video: OnVideo | None, ruinous: Mapping[str, str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     records: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
@@ -433,6 +435,8 @@ def _write_tar(
         for video in shard.videos:
             name = _name_of(video)
             try:
+                if str(video.path) in ruinous:
+                    raise DecodeError(video.path, ruinous[str(video.path)])
                 decoded = decode_video(video.path, settings)
             except DecodeError as error:
                 # where the videos lie is no part of the reason: the same failure gives the same bytes elsewhere
@@ -462,7 +466,9 @@ def _write_tar(
                 "sha256": hashlib.sha256(frames).hexdigest(),
                 "frame_crc32": [zlib.crc32(jpeg) for jpeg in decoded.jpegs],
             }
-            meta = {**record, "height": settings.height, "width": settings.width, "frame_sizes": sizes}
+            # no null: Hugging Face datasets takes a column's type from the first records
+            meta = {name: "" if value is None else value for name, value in record.items()}
+            meta |= {"height": settings.height, "width": settings.width, "frame_sizes": sizes}
             for kind, content in (("json", json.dumps(meta).encode()), ("mjpeg", frames)):
                 member = tarfile.TarInfo(f"{video.key}.{kind}")  # owner root, time 0: fixed bytes
                 member.size, member.mode = len(content), 0o444

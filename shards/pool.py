@@ -1,7 +1,8 @@
 """Many shards side by side, one process a worker, and the whole build made of them.
 
 Processes, not threads: two processes build 1.8 to 1.9 times as fast as one (docs/performance.md), without sharing an
-interpreter and its memory map, and a file that crashes libavcodec takes one worker with it, not the caller.
+interpreter and its memory map. A file that crashes the decoder in a worker takes that worker with it, not the caller,
+and is set aside like any other that cannot be decoded: decode_pyav.py says which it was.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -96,13 +98,51 @@ def build_shards(
 
     `on_video` is called in this process and thread. An error in a worker or in `on_video`, and Ctrl-C, stop every
     worker at its next video and are raised when all have stopped. The caller holds `locked(out)`. Raises BuildError
-    when a worker dies, and as `build_shard` does.
+    when a worker dies for another reason than a video, and as `build_shard` does.
     """
     expected, workers = expected or {}, min(workers, len(shards))
-    if workers < 2:  # no process to start, and none that a debugger could not follow
+    apart = settings.decoder == "ffmpeg"  # decodes in processes of its own, whoever calls it
+    if workers < 1 or (workers == 1 and apart):  # no worker to start, and none that a debugger could not follow
         for shard in shards:
             build_shard(shard, out, settings, on_video, expected=expected.get(shard.name))
         return
+    ruinous: dict[str, str] = {}
+    told: set[str] = set()
+
+    def tell(progress: Progress) -> None:
+        """Tells of a video once, also where its shard is begun again."""
+        if on_video and progress.video.key not in told:
+            on_video(progress)
+        told.add(progress.video.key)
+
+    while shards:
+        with tempfile.TemporaryDirectory(prefix="pasnet-shards-") as notices:
+            try:
+                _side_by_side(shards, out, settings, workers, tell, expected, ruinous, Path(notices))
+                return
+            except BrokenProcessPool as error:
+                found = {} if apart else _ruinous(Path(notices), settings)
+                if not found.keys() - ruinous.keys():
+                    raise BuildError(
+                        f"{out}: a worker process died: it was ended from outside (short of memory? use fewer "
+                        f"--workers), or a script calls build without "
+                        f'`if __name__ == "__main__":`; finished shards are kept, start again'
+                    ) from error
+                ruinous |= found
+        shards = [shard for shard in shards if finished_part(shard, out) is None]
+
+
+def _side_by_side(
+    shards: Sequence[ShardPlan],
+    out: Path,
+    settings: DecodeSettings,
+    workers: int,
+    tell: OnVideo,
+    expected: Mapping[str, str],
+    ruinous: Mapping[str, str],
+    notices: Path,
+) -> None:
+    """`build_shard` for each in `workers` processes. Raises BrokenProcessPool when one of them dies."""
     methods = multiprocessing.get_all_start_methods()
     # not fork: whoever calls may have threads, whose locks would be copied as they are
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
@@ -120,26 +160,28 @@ def build_shards(
             if listen:
                 listen(progress)
 
-    initargs = (told, stopped, cores, dict(os.environ))
+    own = notices if settings.decoder == "pyav" else None
+    initargs = (told, stopped, cores, dict(os.environ), own)
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=initargs) as pool:
-        waiting = {pool.submit(_work, shard, out, settings, expected.get(shard.name)) for shard in shards}
+        waiting = {pool.submit(_work, shard, out, settings, expected.get(shard.name), ruinous) for shard in shards}
         try:
             while waiting:
                 done, waiting = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
-                hear(on_video)
+                hear(tell)
                 for future in done:
                     future.result()
-        except BaseException as error:
+        except BaseException:
             stopped.set()  # shards not yet begun end at once; cancelled, they would confuse a pool whose worker dies
             while wait(waiting, timeout=0.1).not_done:
                 hear(None)  # a worker must not wait for room in the pipe
-            if isinstance(error, BrokenProcessPool):
-                raise BuildError(
-                    f"{out}: a worker process died: it was ended from outside (short of memory? use fewer --workers), "
-                    f"a video crashed the decoder (--decoder ffmpeg survives that), or a script calls build without "
-                    f'`if __name__ == "__main__":`; finished shards are kept, start again'
-                ) from error
             raise
+
+
+def _ruinous(notices: Path, settings: DecodeSettings) -> dict[str, str]:
+    """{path: reason} of the videos for which workers were ended."""
+    from shards.decode_pyav import ended_by
+
+    return dict(filter(None, (ended_by(notice, settings) for notice in notices.iterdir())))
 
 
 def _cores(workers: int) -> list[set[int]]:
@@ -160,7 +202,11 @@ _stopped: Event
 
 
 def _start_worker(
-    told: SimpleQueue[Progress], stopped: Event, cores: SimpleQueue[set[int]], environment: dict[str, str]
+    told: SimpleQueue[Progress],
+    stopped: Event,
+    cores: SimpleQueue[set[int]],
+    environment: dict[str, str],
+    notices: Path | None,
 ) -> None:
     global _told, _stopped
     _told, _stopped = told, stopped
@@ -171,6 +217,10 @@ def _start_worker(
         with contextlib.suppress(OSError):  # where it is forbidden, workers are somewhat slower
             os.sched_setaffinity(0, keep_to)
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
+    if notices:
+        from shards.decode_pyav import give_notice
+
+        give_notice(notices / str(os.getpid()))
 
 
 def _end_with_the_caller() -> None:
@@ -181,10 +231,12 @@ def _end_with_the_caller() -> None:
     os._exit(1)  # ffmpeg ends with it: nobody reads its pipe
 
 
-def _work(shard: ShardPlan, out: Path, settings: DecodeSettings, expected: str | None) -> None:
+def _work(
+    shard: ShardPlan, out: Path, settings: DecodeSettings, expected: str | None, ruinous: Mapping[str, str]
+) -> None:
     """Returns nothing: 13,320 videos' offsets need not go through a pipe, they are in the part file."""
     _end_if_stopped()
-    build_shard(shard, out, settings, _tell, expected=expected)
+    build_shard(shard, out, settings, _tell, expected=expected, ruinous=ruinous)
 
 
 def _tell(progress: Progress) -> None:

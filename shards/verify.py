@@ -237,7 +237,7 @@ def _check_record(
     if meta is None:
         return "its .json member is missing"
     for name, value in meta.items():
-        if name in row and row[name] != value:
+        if name in row and ("" if row[name] is None else row[name]) != value:
             return f"{name} is {value!r} in the tar, {row[name]!r} in the index"
     if (member.offset_data, member.size) != (row["offset"], row["length"]):
         return f"lies at {member.offset_data} (+{member.size}), the index says {row['offset']} (+{row['length']})"

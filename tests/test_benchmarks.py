@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import study, train_loop
+from benchmarks import second_run, study, train_loop
 from benchmarks.harness import RESULTS
 from benchmarks.page import PAGE, prose, render
 from pasnet import train as training
 from pasnet.config import DataConfig, FusionConfig, ModelConfig, OptimConfig, TrainConfig
 from pasnet.data import Loader, open_shards
 from pasnet.machine import family
+from shards import find_dataset, scan
 
 MODELS = {
     "date": "2026-12-01",
@@ -205,6 +206,44 @@ def test_what_a_study_costs_beside_its_work(tmp_path: Path) -> None:
     page = render(tmp_path)
     assert "| **ours, with nothing left to do** | 20.0 | 40 | 0 | – |" in page
     assert "has 78 processes; to conduct them takes 78.0 s" in " ".join(page.split())
+
+
+def test_a_second_run_is_one_that_found_everything_done(tmp_path: Path) -> None:
+    def ran(seconds: float, processes: int) -> dict[str, Any]:
+        return {"seconds": seconds, "stages": {"videos": 2.0, "shards": 5.0}, "tasks": 100, "processes": processes}
+
+    first, again = ran(1200.0, 78), [ran(seconds, 0) for seconds in (31.0, 20.0, 29.0)]
+    found = second_run.content(first, again, 39)
+    table = {row["peer"]: row["seconds"] for row in found["tables"][second_run.AGAIN]}
+    assert table == {"videos": 2.0, "shards": 5.0, "starting and ending": 22.0, "all": 29.0}
+    assert [(line["measured"], line["met"]) for line in found["bounds"]] == [(29.0, True), (0.29, True)]
+    assert second_run.content(first, again[:1], 39)["bounds"][0]["met"] is False
+    for runs in ((ran(1.0, 76), again), (first, [ran(1.0, 2)])):
+        with pytest.raises(RuntimeError, match="not a reproduction and what is left after it"):
+            second_run.content(*runs, 39)
+
+    machine = {"cpu": "Some(R) Kind", "cores": 2, "memory_gib": 8, "system": "s", "python": "3", "ffmpeg": "7"}
+    about = {"date": "2026-11-26", "rounds": 3, "load_before_and_after": [0, 1], "versions": {}}
+    (tmp_path / "second-run-some-kind.json").write_text(json.dumps({**machine, **about, **found}))
+    page = " ".join(render(tmp_path).split())
+    assert (
+        "39 trainings, 78 processes in 20.0 minutes; then, 3 times, 100 Prefect tasks in 31.0, 20.0 and 29.0 s" in page
+    )
+    assert "| all | 29.0 |" in page
+
+
+@pytest.mark.parametrize("name", ["ucf101", "hmdb51"])
+def test_the_second_runs_sets_pass_for_official_ones(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(second_run, "FRAMES", {name: 2})
+    found = scan(*find_dataset(second_run.official(name, tmp_path)))  # which holds the lists against official counts
+    assert found.name == name and not found.missing and found.usable_splits == (1, 2, 3)
+    for split in found.splits:  # every class is in both subsets
+        for subset in ("train", "test"):
+            assert {video.label for video in found.videos if video.splits.get(split) == subset} == set(
+                range(len(found.class_names))
+            )
 
 
 def test_prefects_tasks_are_counted(tmp_path: Path) -> None:

@@ -168,6 +168,12 @@ def test_what_make_smoke_runs(home: Path, tmp_path: Path, monkeypatch: pytest.Mo
         assert f"{fetched.name}: {count} videos, all that the split lists name" in ran.stdout
         notes = json.loads((tmp_path / "out" / "shards" / name / "parts" / "build.json").read_text())
         assert Path(notes["videos"]).samefile(fetched / "videos")
+    [weights] = (tmp_path / "out" / "pose").glob("*/fetched/pose.safetensors")  # and what PAS-Nets start from, too
+    assert f"{weights.relative_to(tmp_path)}: OpenPose body network, COCO" in ran.stdout
+    assert weights.read_bytes() == (weights.parents[1] / "pose.safetensors").read_bytes()
+    configs = [json.loads(path.read_text()) for path in (tmp_path / "out" / "trainings").glob("*/config.json")]
+    started = [config["init"]["pose"] for config in configs if config["init"]["pose"]]
+    assert started and all((tmp_path / path).samefile(weights) for path in started)
     assert study["figure_3"]["picture"] and (tmp_path / "out" / "figures" / study["figure_3"]["picture"]).is_file()
     page = (tmp_path / "out" / "RESULTS.md").read_text()
     clips = ", ".join(study["figure_3"]["clips"])

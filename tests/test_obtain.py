@@ -13,6 +13,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
+from test_caffe import public_tensors
 
 from flows import gauge as gauge_module
 from flows import obtain as obtain_module
@@ -22,12 +24,13 @@ from flows import reproduce as reproduce_module
 from flows.loopback import spare_loopback
 from flows.obtain import _may_pass, _Shown, fetch_dataset, fetch_weights, obtain
 from flows.prepare import prepare
-from flows.rehearse import rehearse
+from flows.rehearse import rehearse, rehearse_weights
 from flows.reproduce import packed, used_sets
-from pasnet.config import ConfigError
+from pasnet.config import ConfigError, PoseTrainConfig
 from pasnet.execute import StudyError
-from pasnet.study import Shards, Study
-from pasnet.weights import WeightsError
+from pasnet.registry import OPENPOSE
+from pasnet.study import PoseJob, Shards, Study
+from pasnet.weights import WeightsError, write
 from shards import Dataset, find_dataset, scan
 from shards.unpack import FetchError, UnreachableError
 
@@ -275,6 +278,54 @@ def test_a_machine_that_does_not_reach_itself_says_so(made: Dataset, monkeypatch
     monkeypatch.setattr(obtain_module, "fetch", refused)
     with pytest.raises(FetchError, match=r"^synthetic: this machine .* itself: a\.zip: .*refused\); see to that, or"):
         rehearse(made)
+
+
+@pytest.fixture
+def pose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifacts: SimpleNamespace) -> PoseJob:
+    """A finished training of our own pose network, which is to be rehearsed, and the fetching task without Prefect."""
+    monkeypatch.setattr(rehearse_module, "fetch_weights", fetch_weights.fn)
+    job = PoseJob(config=PoseTrainConfig(), shards="-", joints="-", folder=str(tmp_path / "pose"), rehearse=True)
+    save_pose(job, public_tensors("pose"))
+    return job
+
+
+def save_pose(job: PoseJob, tensors: dict[str, torch.Tensor]) -> None:
+    Path(job.folder).mkdir(exist_ok=True)
+    origin: Any = {"source": ("us",), "source_sha256": ("0",), "licence": "ours", "preprocessing": OPENPOSE}
+    Path(job.trained).unlink(missing_ok=True)
+    write(Path(job.trained), tensors, kind="pose", **origin)
+
+
+def test_a_pose_network_comes_as_public_weights_do(pose: PoseJob, capsys: pytest.CaptureFixture[str]) -> None:
+    rehearse_weights(pose)
+    came = Path(pose.weights)
+    assert came != Path(pose.trained) and came.read_bytes() == Path(pose.trained).read_bytes()
+    said = capsys.readouterr().out
+    assert "pose.safetensors: downloading: 100 %" in said and f"{came}: OpenPose body network, COCO" in said
+    stamp = came.stat().st_mtime_ns
+    rehearse_weights(pose)  # checked, not fetched
+    assert came.stat().st_mtime_ns == stamp and "100 %" not in capsys.readouterr().out
+    save_pose(pose, {name: value + 1 for name, value in public_tensors("pose").items()})  # done anew
+    rehearse_weights(pose)
+    assert came.read_bytes() == Path(pose.trained).read_bytes()
+
+
+def test_a_pose_network_that_does_not_come_says_why(pose: PoseJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise UnreachableError("pose.safetensors: not downloaded (refused); name another with --mirror")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(obtain_module.download, "fetch", refused)
+        with pytest.raises(
+            FetchError, match=r"^pose network: this machine .* itself: pose.*\(refused\); see to that, or"
+        ):
+            rehearse_weights(pose)
+    tensors = public_tensors("pose")
+    del tensors["Mconv7_stage6_L2.weight"]
+    save_pose(pose, tensors)
+    with pytest.raises(WeightsError, match=r"not all of our own pose network: .*Mconv7_stage6_L2\.weight"):
+        rehearse_weights(pose)
+    assert not Path(pose.weights).exists()
 
 
 # Shown

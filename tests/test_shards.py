@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import json
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -41,16 +42,18 @@ from shards import (
     ShardError,
     View,
     build,
+    decode_pyav,
     decode_video,
     find_dataset,
     locked,
     open_shards,
+    pool,
     repair,
     scan,
     segment_indices,
     verify,
 )
-from shards.decode import DecoderStoppedError, decoder_version, open_video
+from shards.decode import DecoderStoppedError, Planes, decoder_version, open_video
 from shards.decode_ffmpeg import ffmpeg_exe, passthrough
 from shards.format import FAILURES_SCHEMA, INDEX_SCHEMA
 from shards.pack import Progress, estimate_bytes, failures, write_parquet
@@ -414,17 +417,34 @@ class TestFormat:
         for row, key in enumerate(store.keys):
             assert seen[key] == store.read_jpegs(row, range(int(store.num_frames[row])))
 
+    @pytest.mark.parametrize("streaming", [True, False])
     def test_hugging_face_datasets_reads_the_same_frames(
-        self, shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, streaming: bool, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         from datasets import load_dataset
 
-        files = {"train": urls_of(shard_folder)}
-        stream = load_dataset("webdataset", data_files=files, split="train", streaming=True, cache_dir=str(tmp_path))
-        store, seen = open_shards(shard_folder), {}
-        for sample in stream:
+        folder = shutil.copytree(videos, tmp_path / "set")
+        [lists] = {path.parent for path in folder.glob("*/classInd.txt")}
+        for path in lists.glob("t*list0[23].txt"):
+            path.unlink()
+        build(scan(*find_dataset(folder)), tmp_path / "before", num_shards=1)
+        *_, last = webdataset.WebDataset(urls_of(tmp_path / "before"), shardshuffle=False)
+        (lists / "testlist02.txt").write_text(json.loads(last["json"])["video"])  # alone, and the last to be read
+        out = tmp_path / "shards"
+        build(scan(*find_dataset(folder)), out, num_shards=1)
+        found = load_dataset(
+            "webdataset",
+            data_files={"train": urls_of(out)},
+            split="train",
+            streaming=streaming,
+            cache_dir=str(tmp_path / "cache"),
+        )
+        store, seen, splits = open_shards(out), {}, []
+        for sample in found:
             seen[sample["json"]["key"]] = split_frames(sample)
+            splits.append((sample["json"]["split2"], sample["json"]["split3"]))
+        assert splits == [("", "")] * (len(splits) - 1) + [("test", "")]
         assert sorted(seen) == store.keys
         for row, key in enumerate(store.keys):
             assert seen[key] == store.read_jpegs(row, range(int(store.num_frames[row])))
@@ -783,8 +803,8 @@ class TestVerifyAndRepair:
         [
             ("manifest.json", b"{"),
             ("manifest.json", b"[]"),
-            ("manifest.json", b'{"format": 2, "shards": null}'),
-            ("manifest.json", b'{"format": 2, "shards": [{"shard": "../x", "bytes": 1, "sha256": ""}]}'),
+            ("manifest.json", b'{"format": 3, "shards": null}'),
+            ("manifest.json", b'{"format": 3, "shards": [{"shard": "../x", "bytes": 1, "sha256": ""}]}'),
             ("index.parquet", b"junk"),
             ("index.parquet", None),
             ("failures.parquet", b"junk"),
@@ -800,7 +820,7 @@ class TestVerifyAndRepair:
         assert [f"{name} cannot be read" in problem.reason for problem in verify(folder)] == [True]
         if (
             name != "failures.parquet"
-            and content != b'{"format": 2, "shards": null}'
+            and content != b'{"format": 3, "shards": null}'
             and b"../x" not in (content or b"")
         ):
             with pytest.raises(ShardError, match=r"run `pasnet shards repair|not a finished"):
@@ -955,6 +975,42 @@ class TestNothingOfOthers:
         assert build(dataset, tmp_path, settings, num_shards=8)["failed"] == 0
         if decoder == "ffmpeg":
             assert digest_of(tmp_path) == digest_of(shard_folder)
+
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_a_video_that_takes_its_worker_with_it_is_set_aside(
+        self, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+    ) -> None:
+        """One that crashes the fast decoder, and one that hangs in it with the interpreter held."""
+        dataset = scan(*find_dataset(videos))
+        crashing, hanging = (dataset.videos[number].path for number in (2, 9))
+        seen: list[Progress] = []
+        frames = decode_pyav.PyAVDecoder._frames
+
+        def ruinous(decoder: decode_pyav.PyAVDecoder) -> Iterator[Planes]:
+            if decoder.video == crashing:
+                ctypes.string_at(0)
+            if decoder.video == hanging:
+                ctypes.PyDLL(None).sleep(600)
+            return frames(decoder)
+
+        forked = multiprocessing.get_context("fork")  # so that workers have it, too
+        monkeypatch.setattr(decode_pyav.PyAVDecoder, "_frames", ruinous)
+        monkeypatch.setattr(decode_pyav, "GRACE", 0.0)
+        monkeypatch.setattr(pool.multiprocessing, "get_all_start_methods", lambda: ["fork"])
+        monkeypatch.setattr(pool.multiprocessing, "get_context", lambda _: forked)
+        settings = replace(SETTINGS, decoder="pyav", timeout=3)
+        made = build(dataset, tmp_path, settings, num_shards=4, workers=workers, max_failed=0.5, on_video=seen.append)
+        assert (made["videos"], made["failed"]) == (10, 2)
+        assert {Path(row["video"]).name: row["reason"] for row in failures(tmp_path)} == {
+            crashing.name: "crashed the decoder (Segmentation fault)",
+            hanging.name: "took longer than 3 s",
+        }
+        assert sorted(progress.video.key for progress in seen) == sorted(video.key for video in dataset.videos)
+        assert sorted(open_shards(tmp_path).keys) == sorted(
+            video.key for video in dataset.videos if video.path not in (crashing, hanging)
+        )
+        assert not list(tmp_path.glob("*.tmp"))
 
     def test_what_the_listener_raises_stops_the_workers(self, videos: Path, tmp_path: Path) -> None:
         heard = []
