@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import statistics
 import subprocess
@@ -23,18 +24,19 @@ from benchmarks.harness import bound
 from pasnet.execute import IDLE
 
 STUDY = "a study on two small sets"
+REPORT = "tracking and report"  # the last stage
 PEAK = 989e12  # FLOP/s of dense bf16 products that NVIDIA's data sheet gives an H100 SXM; no training comes near
 
 
 def flow(scratch: Path, *arguments: str, trainings: int = 1) -> dict[str, Any]:
-    """One run of a study, into scratch/out: seconds by the clock, and by stage; how many tasks Prefect ran and
-    processes we started."""
+    """One run of a study, into scratch/out: seconds by the clock, and by stage; how many tasks Prefect ran, of which
+    packed a shard, and processes we started."""
     home = scratch / "prefect"
     home.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "PREFECT_HOME": str(home), "PASNET_LOCKS": str(scratch), "PASNET_TRAININGS": str(trainings)}
     for server in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):  # not the user's own
         env.pop(server, None)
-    before = _tasks(home)
+    before, packed = _tasks(home), _tasks(home, "pack %")
     command = [sys.executable, "-m", "flows", *arguments, "--out", str(scratch / "out")]
     started = time.perf_counter()
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -44,18 +46,21 @@ def flow(scratch: Path, *arguments: str, trainings: int = 1) -> dict[str, Any]:
     if not (tasks := _tasks(home) - before):
         raise RuntimeError(f"{home}: Prefect has no task of that run on record")
     stages = json.loads((scratch / "out" / "results.json").read_text("utf-8"))["seconds"]
+    if last := re.search(rf"^seconds: .*\b{REPORT} ([\d.]+)", done.stdout, re.M):  # it writes results.json itself
+        stages[REPORT] = float(last[1])
     said = [line for line in done.stdout.splitlines() if " processes started; " in line]
     processes = int(said[0].split()[0]) if said else 0
-    return {"seconds": seconds, "stages": stages, "tasks": tasks, "processes": processes}
+    packed = _tasks(home, "pack %") - packed
+    return {"seconds": seconds, "stages": stages, "tasks": tasks, "packed": packed, "processes": processes}
 
 
-def _tasks(home: Path) -> int:
-    """Task runs that Prefect has on record."""
+def _tasks(home: Path, names: str = "%") -> int:
+    """Task runs that Prefect has on record, of those names."""
     database = home / "prefect.db"
     if not database.is_file():
         return 0
     with sqlite3.connect(database) as connection:
-        return int(connection.execute("select count(*) from task_run").fetchone()[0])
+        return int(connection.execute("select count(*) from task_run where name like ?", (names,)).fetchone()[0])
 
 
 def run(rounds: int, scratch: Path) -> dict[str, Any]:

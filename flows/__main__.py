@@ -71,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> None:
         if written.is_file() and written.stat().st_mtime >= began:
             print("\n" + summary_table(json.loads(written.read_text("utf-8"))["results"]))
     seconds["all, Prefect's start included"] = time.perf_counter() - started
-    print("\nseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+    print("\nseconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
     print(f"\nwhere to look next:\n  {study.root / 'RESULTS.md'}: this table in full, with what it is worth")
     print(f"  make serve RUN={study.root}: MLflow on http://127.0.0.1:5000, to compare the fusion styles")
     print(f"  {study.root / 'shards'}: shards for any other video model (shards/README.md)")

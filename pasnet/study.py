@@ -4,7 +4,8 @@
 result lies in a folder named by a digest of all that decides it, and a step whose result is there returns at once.
 
     out/data/<name>/                embedded synthetic videos
-    out/pose/<name>-<digest>/       our own pose network: pose.safetensors, quality.json, last.pt, pose.log
+    out/pose/<name>-<digest>/       our own pose network: pose.safetensors, quality.json, last.pt, pose.log, and with
+                                    preset smoke fetched/pose.safetensors, the same
     out/shards/<dataset>/           shards (shards/README.md)
     out/trainings/<name>-<digest>/  one per training: config.json, last.pt, history.json, done.json, train.log,
                                     evaluation/{metrics.json, predictions.parquet, per_class.csv, confusion.png}
@@ -403,11 +404,13 @@ def pose_job(study: Study, d0: Shards | None) -> PoseJob | None:
         return None
     from pasnet.checkpoints import NUMERICS
     from pasnet.pose_train import VERSION
+    from pasnet.weights import sha256_of
 
+    known = sha256_of(joints) if joints.is_file() else ""  # a plan may come before them
     size = {"width": study.size.width, "input_size": study.size.input_size}
     size |= {name: value for key, name in SIZES.items() if (value := study.overrides.get(key)) is not None}
     config: PoseTrainConfig = replace(study.size.pose, size)
-    name = f"{d0.dataset}-{digest([NUMERICS, VERSION, to_dict(config), d0.digest])}"
+    name = f"{d0.dataset}-{digest([NUMERICS, VERSION, to_dict(config), d0.digest, known])}"
     return PoseJob(
         config=config,
         shards=d0.folder,

@@ -119,7 +119,7 @@ def read(path: Path) -> Checkpoint:
     if not kind:
         known = ", ".join(dict.fromkeys(each.title for each in KINDS.values()))
         raise WeightsError(f"{path}: its {len(tensors)} tensors ({_some(list(tensors))}) are none of: {known}")
-    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    broken = [name for name, value in tensors.items() if value.is_floating_point() and not _finite(value)]
     if broken:
         raise WeightsError(f"{path}: NaN or infinity in {_some(broken)}; it is damaged, get it again")
     source = source_of(kind, caffe=form == "caffe")
@@ -132,6 +132,11 @@ def read(path: Path) -> Checkpoint:
         preprocessing=origin.preprocessing if origin else source.preprocessing if source else None,
         origin=origin,
     )
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether all are numbers: the least and the largest show NaN and infinity, and need no tensor of truth values."""
+    return not value.numel() or all(bool(edge.isfinite()) for edge in value.aminmax())
 
 
 def read_checkpoint(path: Path, kind: str) -> StateDict:

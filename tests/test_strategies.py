@@ -247,7 +247,14 @@ class TestJobs:
         asked = study(tmp_path, preset="science", overrides={"model.width": 0.0625})
         made = pose_job(asked, D0)
         assert isinstance(made, PoseJob) and (made.config.width, made.config.input_size) == (0.0625, 112)
-        assert made.joints == str(tmp_path / "data" / "synthetic-d0" / "joints.parquet")
+        joints = tmp_path / "data" / "synthetic-d0" / "joints.parquet"
+        assert made.joints == str(joints)
+        joints.parent.mkdir(parents=True)
+        folders = {made.folder}
+        for content in (b"some", b"others"):  # the same videos, other joints: another network
+            joints.write_bytes(content)
+            folders.add(pose_job(asked, D0).folder)  # type: ignore[union-attr]
+        assert len(folders) == 3
         assert pose_job(study(tmp_path, fusions=("A+1*1conv",)), D0) is None  # nobody has a pose network
 
     def test_a_page_says_where_the_weights_come_from(self, tmp_path: Path) -> None:
