@@ -34,6 +34,7 @@ PARTS = {
 # What older results are results of: until which day, which part, what it did otherwise
 CHANGES = (
     ("2026-11-25", "build", "several workers of a build were threads of one process; now each is a process"),
+    ("2026-11-26", "build", "one worker of decoder pyav was the caller's process; now it is one of its own"),
     ("2026-11-25", "read", "the loader gave a GPU planes cropped and resized on the CPU; now it gives whole frames"),
 )
 

@@ -32,8 +32,9 @@ def served(folder: Path) -> Iterator[str]:
         try:
             yield f"http://127.0.0.1:{server.server_port}"
         finally:
-            os.environ.pop("no_proxy", None)
-            if before is not None:
+            if before is None:
+                os.environ.pop("no_proxy", None)
+            else:  # at once: other threads may be looking
                 os.environ["no_proxy"] = before
             server.shutdown()
             serving.join()

@@ -8,6 +8,7 @@ network for it. The server is on loopback, and gone when the files have come.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shutil
 import tempfile
@@ -50,7 +51,7 @@ def rehearse(made: Dataset) -> Dataset:
         with tempfile.TemporaryDirectory(prefix="archives-", dir=root) as archives:
             for part, of in (("videos", made.folder), ("splits", made.lists)):
                 shutil.make_archive(str(Path(archives) / f"{made.name}-{part}"), "zip", of.parent, of.name)
-            with served(Path(archives)) as address, _in_our_words(made.name):
+            with served(Path(archives)) as address, _in_our_words(made.name, ", or with data of your own"):
                 return fetch_dataset(str(folder), (), _source(made.name, Path(archives), address))
 
 
@@ -60,32 +61,34 @@ def rehearse_weights(job: PoseJob) -> None:
     Raises as `rehearse`; WeightsError where what came is not what was sent.
     """
     trained, target = Path(job.trained), Path(job.weights)
+    source = registry.Source(
+        title="our own pose network",
+        kind="pose",
+        file=trained.name,
+        licence="ours",
+        preprocessing=registry.OPENPOSE,
+        size=trained.stat().st_size,
+        sha256=sha256_of(trained),
+    )
     with FileLock(f"{target.parent}.lock"):
-        if target.is_file() and sha256_of(target) != sha256_of(trained):  # of a training that was done anew
-            target.unlink()
+        if target.is_file():
+            if sha256_of(target) == source.sha256:
+                return fetch_weights(job.title, (), source, str(target.parent))
+            target.unlink()  # of a training that was done anew
         with served(trained.parent) as address, _in_our_words(job.title):
-            source = registry.Source(
-                title="our own pose network",
-                kind="pose",
-                file=trained.name,
-                urls=(f"{address}/{trained.name}",),
-                licence="ours",
-                preprocessing=registry.OPENPOSE,
-                size=trained.stat().st_size,
-                sha256=sha256_of(trained),
-            )
-            fetch_weights(job.title, (), source, str(target.parent))
+            there = dataclasses.replace(source, urls=(f"{address}/{trained.name}",))
+            return fetch_weights(job.title, (), there, str(target.parent))
 
 
 @contextmanager
-def _in_our_words(name: str) -> Iterator[None]:
+def _in_our_words(name: str, also: str = "") -> Iterator[None]:
     """A download's own advice is for a server of somebody else's."""
     try:
         yield
     except FetchError as error:
         raise FetchError(
             f"{name}: this machine does not get files from itself: {str(error).partition('; ')[0]}; "
-            "see to that, or leave downloads alone with another preset, or with data of your own"
+            f"see to that, or leave downloads alone with another preset{also}"
         ) from error
 
 

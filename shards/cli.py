@@ -41,7 +41,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     make.add_argument("--splits", type=Path, help="folder of the official lists; default: the one beside --videos")
     make.add_argument("--out", type=Path, required=True)
     make.add_argument("--workers", type=int, default=2, help="shards that are built at the same time")
-    make.add_argument("--decoder", choices=DECODERS, default="ffmpeg", help="pyav is faster, in one process")
+    make.add_argument("--decoder", choices=DECODERS, default="ffmpeg", help="pyav is faster: no process for each video")
     make.add_argument("--frames-per-video", type=int, default=0, metavar="N", help="N evenly spread ones; default: all")
     make.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1 to 100")
     make.add_argument("--shard-mib", type=int, default=256, help="about how large a shard is")

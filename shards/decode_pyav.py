@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import functools
+import json
 import re
 import resource
 import struct
@@ -149,13 +150,16 @@ class PyAVDecoder:
 
 def give_notice(path: Path) -> None:
     """From now on a video that crashes this process, or hangs in it past its time, ends it and is named in the file
-    `path`, which `ended_by` reads; and the process has no more than MAX_ADDRESS_SPACE to decode in."""
+    `path`, which `ended_by` reads; and the process has no more than MAX_ADDRESS_SPACE to decode in (MemoryError)."""
     global _notice
-    _notice = open(path, "w", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115  as long as the process lives
+    _notice = open(path, "w", encoding="utf-8")  # noqa: SIM115  as long as the process lives
     faulthandler.enable(_notice)
-    with contextlib.suppress(OSError, ValueError):  # Linux; a lower limit of the user's stays
+    with contextlib.suppress(OSError, ValueError):  # Linux
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MAX_ADDRESS_SPACE, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        wanted = used + MAX_ADDRESS_SPACE
+        if soft == resource.RLIM_INFINITY or soft > wanted:  # a lower one of the user's stays
+            resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
 
 
 @contextlib.contextmanager
@@ -164,7 +168,7 @@ def _noticed(video: Path, seconds: float) -> Iterator[None]:
     if _notice is None:
         yield
         return
-    _notice.write(f"{video}\n")
+    _notice.write(f"{json.dumps(str(video))}\n")
     _notice.flush()
     # a thread that needs no interpreter, which a decoder that hangs may hold
     faulthandler.dump_traceback_later(seconds, exit=True, file=_notice)
@@ -178,7 +182,10 @@ def _noticed(video: Path, seconds: float) -> Iterator[None]:
 
 def ended_by(path: Path, settings: DecodeSettings) -> tuple[str, str] | None:
     """(video, reason) where the process whose notice this is was ended for a video, else None."""
-    video, _, said = path.read_text("utf-8", "surrogateescape").partition("\n")
+    named, _, said = path.read_text("utf-8", "replace").partition("\n")
+    if not said:
+        return None
+    video = json.loads(named)
     if crashed := re.search(r"^Fatal Python error: (.+)$", said, re.M):
         return video, f"crashed the decoder ({crashed[1]})"
     return (video, f"took longer than {settings.timeout:g} s") if re.match(r"Timeout \(", said) else None

@@ -21,7 +21,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,10 @@ OnVideo = Callable[[Progress], None]
 def estimate_bytes(dataset: Dataset, settings: DecodeSettings, *, samples: int = 8) -> int:
     """About how large the shards will be: some evenly spaced videos are decoded, the others scaled by file size.
 
-    The same for the same videos, settings and decoder, so that a plan made from it is too.
+    The same for the same videos and settings, so that a plan made from it is too. Always with the default decoder,
+    which a video cannot take the caller with; the other's JPEGs are as large.
     """
+    settings = replace(settings, decoder="ffmpeg")
     chosen = dataset.videos[:: max(1, len(dataset.videos) // samples)][:samples]
     source = made = decoded = 0
     for video in chosen:
@@ -438,7 +440,10 @@ def _write_tar(
                 if str(video.path) in ruinous:
                     raise DecodeError(video.path, ruinous[str(video.path)])
                 decoded = decode_video(video.path, settings)
-            except DecodeError as error:
+                frames = b"".join(decoded.jpegs)
+            except (DecodeError, MemoryError) as error:
+                if isinstance(error, MemoryError):  # of a worker, whose memory is limited; one that has all is at fault
+                    error = DecodeError(video.path, "wants more memory than a decoder may have")
                 # where the videos lie is no part of the reason: the same failure gives the same bytes elsewhere
                 reason, detail = (
                     words.replace(str(video.path.absolute()), name) for words in (error.reason, error.detail)
@@ -447,7 +452,7 @@ def _write_tar(
                 if on_video:
                     on_video(Progress(video=video, frames=0, bytes=0))
                 continue
-            frames, sizes = b"".join(decoded.jpegs), [len(jpeg) for jpeg in decoded.jpegs]
+            sizes = [len(jpeg) for jpeg in decoded.jpegs]
             record = {
                 "key": video.key,
                 "video": name,

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -57,9 +57,9 @@ def build(
 
     Finished shards are kept as they are; `retry_failed` builds those again in which a video could not be decoded.
 
-    A script that calls this with more than one worker needs `if __name__ == "__main__":`, as for all of Python's
-    multiprocessing. Raises BuildError (see `finish`, `locked`, `build_shards`; also when the disk is too small by
-    estimate).
+    A script that calls this with more than one worker, or with decoder "pyav", needs `if __name__ == "__main__":`, as
+    for all of Python's multiprocessing. Raises BuildError (see `finish`, `locked`, `build_shards`; also when the disk
+    is too small by estimate).
     """
     if workers < 1:
         raise DatasetError(f"workers must be at least 1, got {workers}")
@@ -81,7 +81,8 @@ def build(
                 for video in shard.videos:
                     on_video(Progress(video=video, frames=0, bytes=0, known=True))
         check_space(dataset, settings, out, len(todo) / len(plans))
-        build_shards(todo, out, settings, workers=workers, on_video=on_video)
+        most = max(1, int(max_failed * len(dataset.videos)))
+        build_shards(todo, out, settings, workers=workers, on_video=on_video, max_ruinous=most)
         return finish(dataset, plans, out, settings, max_failed=max_failed)
 
 
@@ -93,12 +94,16 @@ def build_shards(
     workers: int,
     on_video: OnVideo | None = None,
     expected: Mapping[str, str] | None = None,
+    max_ruinous: int = 1,
 ) -> None:
     """`build_shard` for each, `workers` of them at a time; `expected` holds sha256 by shard name.
 
+    A video that crashes the fast decoder, or hangs in it, ends its worker. It is set aside, and the shards that are not
+    finished are begun again: up to `max_ruinous` times.
+
     `on_video` is called in this process and thread. An error in a worker or in `on_video`, and Ctrl-C, stop every
     worker at its next video and are raised when all have stopped. The caller holds `locked(out)`. Raises BuildError
-    when a worker dies for another reason than a video, and as `build_shard` does.
+    when a worker dies for another reason, or for one video too many, and as `build_shard` does.
     """
     expected, workers = expected or {}, min(workers, len(shards))
     apart = settings.decoder == "ffmpeg"  # decodes in processes of its own, whoever calls it
@@ -115,21 +120,34 @@ def build_shards(
             on_video(progress)
         told.add(progress.video.key)
 
-    while shards:
-        with tempfile.TemporaryDirectory(prefix="pasnet-shards-") as notices:
+    notices = None if apart else Path(out) / "parts" / "notices"
+    try:
+        while shards:
+            if notices:
+                shutil.rmtree(notices, ignore_errors=True)  # of a build that was killed, or of the last turn
+                notices.mkdir(parents=True)
             try:
-                _side_by_side(shards, out, settings, workers, tell, expected, ruinous, Path(notices))
-                return
+                return _side_by_side(shards, out, settings, workers, tell, expected, ruinous, notices)
             except BrokenProcessPool as error:
-                found = {} if apart else _ruinous(Path(notices), settings)
+                found = _ruinous(notices, settings) if notices else {}
                 if not found.keys() - ruinous.keys():
                     raise BuildError(
                         f"{out}: a worker process died: it was ended from outside (short of memory? use fewer "
-                        f"--workers), or a script calls build without "
-                        f'`if __name__ == "__main__":`; finished shards are kept, start again'
+                        f'--workers), or a script calls build without `if __name__ == "__main__":`; finished shards '
+                        f"are kept, start again"
                     ) from error
                 ruinous |= found
-        shards = [shard for shard in shards if finished_part(shard, out) is None]
+                if len(ruinous) > max_ruinous:
+                    video, reason = next(iter(found.items()))
+                    raise BuildError(
+                        f"{out}: {len(ruinous)} videos crashed the decoder, or hung in it, such as {video}: {reason}; "
+                        f"if that is no wonder allow more with --max-failed, or use --decoder ffmpeg; finished shards "
+                        f"are kept"
+                    ) from error
+            shards = [shard for shard in shards if finished_part(shard, out) is None]
+    finally:
+        if notices:
+            shutil.rmtree(notices, ignore_errors=True)
 
 
 def _side_by_side(
@@ -140,7 +158,7 @@ def _side_by_side(
     tell: OnVideo,
     expected: Mapping[str, str],
     ruinous: Mapping[str, str],
-    notices: Path,
+    notices: Path | None,
 ) -> None:
     """`build_shard` for each in `workers` processes. Raises BrokenProcessPool when one of them dies."""
     methods = multiprocessing.get_all_start_methods()
@@ -160,8 +178,7 @@ def _side_by_side(
             if listen:
                 listen(progress)
 
-    own = notices if settings.decoder == "pyav" else None
-    initargs = (told, stopped, cores, dict(os.environ), own)
+    initargs = (told, stopped, cores, dict(os.environ), notices)
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=initargs) as pool:
         waiting = {pool.submit(_work, shard, out, settings, expected.get(shard.name), ruinous) for shard in shards}
         try:

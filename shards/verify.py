@@ -131,6 +131,8 @@ def _read(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | N
         fault("failures.parquet", error)
     try:
         manifest = _read_manifest(folder / "manifest.json")
+    except BuildError:
+        raise
     except Exception as error:
         fault("manifest.json", error)
     if manifest is not None and failed not in (None, manifest["failed"]):
@@ -155,6 +157,11 @@ def _against_the_notes(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    if isinstance(manifest["format"], int) and manifest["format"] < FORMAT_VERSION:
+        raise BuildError(
+            f"{path.parent}: format {manifest['format']}, made by an older version; this one reads it as it is, and "
+            f"verifies and repairs format {FORMAT_VERSION}, which `pasnet shards build` makes of the videos"
+        )
     if manifest["format"] != FORMAT_VERSION:
         raise ValueError(f"format {manifest['format']}, this version verifies {FORMAT_VERSION}")
     str(manifest["dataset"])

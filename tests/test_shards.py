@@ -91,6 +91,21 @@ def urls_of(folder: Path) -> list[str]:
     return [str(path) for path in sorted(folder.glob("*.tar"))]
 
 
+def fork_workers_that(ruin: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers with a fast decoder that does so before each video. Forked, so that they have it, too."""
+    frames, forked = decode_pyav.PyAVDecoder._frames, multiprocessing.get_context("fork")
+
+    def ruinous(decoder: decode_pyav.PyAVDecoder) -> Iterator[Planes]:
+        ruin(decoder.video)
+        return frames(decoder)
+
+    monkeypatch.setattr(decode_pyav.PyAVDecoder, "_frames", ruinous)
+    monkeypatch.setattr(decode_pyav, "GRACE", 0.0)
+    monkeypatch.setattr(decode_pyav, "MAX_ADDRESS_SPACE", 1 << 30)
+    monkeypatch.setattr(pool.multiprocessing, "get_all_start_methods", lambda: ["fork"])
+    monkeypatch.setattr(pool.multiprocessing, "get_context", lambda _: forked)
+
+
 def index_of(folder: Path) -> list[dict[str, Any]]:
     return pq.read_table(folder / "index.parquet").to_pylist()
 
@@ -590,6 +605,15 @@ class TestFormat:
             with pytest.raises(ShardError, match=f"frame 0 of {row['key']} is damaged; run `pasnet shards repair"):
                 read(0, [0])
 
+    def test_an_older_format_is_read_and_not_mended(self, shard_folder: Path, tmp_path: Path) -> None:
+        copy = shutil.copytree(shard_folder, tmp_path / "copy")
+        manifest = json.loads((copy / "manifest.json").read_text())
+        (copy / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+        assert open_shards(copy).digest == open_shards(shard_folder).digest
+        for mend in (verify, repair):
+            with pytest.raises(BuildError, match=r"format 2, made by an older version.*shards build"):
+                mend(copy)
+
     def test_a_newer_format_is_refused(self, shard_folder: Path, tmp_path: Path) -> None:
         copy = shutil.copytree(shard_folder, tmp_path / "copy")
         manifest = json.loads((copy / "manifest.json").read_text())
@@ -979,38 +1003,48 @@ class TestNothingOfOthers:
     @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
     @pytest.mark.parametrize("workers", [1, 2])
     def test_a_video_that_takes_its_worker_with_it_is_set_aside(
-        self, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
     ) -> None:
-        """One that crashes the fast decoder, and one that hangs in it with the interpreter held."""
-        dataset = scan(*find_dataset(videos))
-        crashing, hanging = (dataset.videos[number].path for number in (2, 9))
+        """One that crashes the fast decoder, one that hangs in it with the interpreter held, one that wants all memory;
+        among the first of so many that sizes are estimated before."""
+        for number in range(18):
+            make_video(tmp_path / "set" / "a" / f"{number:02d}\n.avi", frames=3)
+        dataset = scan("folder", tmp_path / "set")
+        crashing, hanging, hungry = (dataset.videos[number].path for number in (0, 2, 9))
         seen: list[Progress] = []
-        frames = decode_pyav.PyAVDecoder._frames
 
-        def ruinous(decoder: decode_pyav.PyAVDecoder) -> Iterator[Planes]:
-            if decoder.video == crashing:
+        def ruin(video: Path) -> None:
+            if video == crashing:
                 ctypes.string_at(0)
-            if decoder.video == hanging:
+            if video == hanging:
                 ctypes.PyDLL(None).sleep(600)
-            return frames(decoder)
+            if video == hungry:
+                bytes(2 * decode_pyav.MAX_ADDRESS_SPACE)
 
-        forked = multiprocessing.get_context("fork")  # so that workers have it, too
-        monkeypatch.setattr(decode_pyav.PyAVDecoder, "_frames", ruinous)
-        monkeypatch.setattr(decode_pyav, "GRACE", 0.0)
-        monkeypatch.setattr(pool.multiprocessing, "get_all_start_methods", lambda: ["fork"])
-        monkeypatch.setattr(pool.multiprocessing, "get_context", lambda _: forked)
+        fork_workers_that(ruin, monkeypatch)
         settings = replace(SETTINGS, decoder="pyav", timeout=3)
-        made = build(dataset, tmp_path, settings, num_shards=4, workers=workers, max_failed=0.5, on_video=seen.append)
-        assert (made["videos"], made["failed"]) == (10, 2)
-        assert {Path(row["video"]).name: row["reason"] for row in failures(tmp_path)} == {
+        out = tmp_path / "out"
+        made = build(dataset, out, settings, workers=workers, max_failed=0.5, on_video=seen.append)
+        assert (made["videos"], made["failed"]) == (15, 3)
+        assert {Path(row["video"]).name: row["reason"] for row in failures(out)} == {
             crashing.name: "crashed the decoder (Segmentation fault)",
             hanging.name: "took longer than 3 s",
+            hungry.name: "wants more memory than a decoder may have",
         }
         assert sorted(progress.video.key for progress in seen) == sorted(video.key for video in dataset.videos)
-        assert sorted(open_shards(tmp_path).keys) == sorted(
-            video.key for video in dataset.videos if video.path not in (crashing, hanging)
-        )
-        assert not list(tmp_path.glob("*.tmp"))
+        assert len(open_shards(out).keys) == 15 and not list(out.glob("*.tmp"))
+        assert not (out / "parts" / "notices").exists()
+
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+    def test_a_decoder_that_crashes_on_everything_ends_the_build(
+        self, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fork_workers_that(lambda _: ctypes.string_at(0), monkeypatch)
+        settings = replace(SETTINGS, decoder="pyav")
+        with pytest.raises(
+            BuildError, match=r"[34] videos crashed the decoder.*\(Segmentation fault\).*decoder ffmpeg"
+        ):
+            build(scan(*find_dataset(videos)), tmp_path, settings, num_shards=4, max_failed=0.2)
 
     def test_what_the_listener_raises_stops_the_workers(self, videos: Path, tmp_path: Path) -> None:
         heard = []
