@@ -51,13 +51,20 @@ class PyAVDecoder:
 
     def __iter__(self) -> Iterator[Planes]:
         with _noticed(self.video, self.settings.timeout + GRACE):
-            yield from self._frames()
+            try:
+                yield from self._frames()
+            except MemoryError as error:
+                if _notice is None:  # the machine's shortage, not a limit's
+                    raise
+                raise DecodeError(self.video, "wants more memory than a decoder may have") from error
 
     def _frames(self) -> Iterator[Planes]:
         deadline = time.monotonic() + self.settings.timeout
         try:
             # titles in Latin-1 are common in HMDB-51 and no reason to refuse a video
             container = av.open(str(self.video.absolute()), metadata_errors="replace")
+        except av.error.MemoryError:  # an FFmpegError, and no fault of the video: frames would be missing
+            raise
         except av.error.FFmpegError as error:
             raise DecodeError(self.video, _words(error), repr(error)) from None
         with container:
@@ -89,12 +96,16 @@ class PyAVDecoder:
                         continue
                 except StopIteration:
                     packet = None
+                except av.error.MemoryError:
+                    raise
                 except av.error.FFmpegError as error:  # a container that breaks off: what came before it counts
                     complaints[_words(error)] += 1
                     packet = None
                 packets += packet is not None
                 try:
                     frames = context.decode(packet)  # None drains the decoder
+                except av.error.MemoryError:
+                    raise
                 except av.error.FFmpegError as error:
                     complaints[_words(error)] += 1
                     faults += 1
@@ -148,16 +159,17 @@ class PyAVDecoder:
         return round(frame.rotation / 90) % 4
 
 
-def give_notice(path: Path) -> None:
+def give_notice(path: Path, settings: DecodeSettings) -> None:
     """From now on a video that crashes this process, or hangs in it past its time, ends it and is named in the file
-    `path`, which `ended_by` reads; and the process has no more than MAX_ADDRESS_SPACE to decode in (MemoryError)."""
+    `path`, which `ended_by` reads; and one that wants more than MAX_ADDRESS_SPACE, the JPEGs apart, is a DecodeError.
+    """
     global _notice
     _notice = open(path, "w", encoding="utf-8")  # noqa: SIM115  as long as the process lives
     faulthandler.enable(_notice)
     with contextlib.suppress(OSError, ValueError):  # Linux
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        wanted = used + MAX_ADDRESS_SPACE
+        wanted = used + MAX_ADDRESS_SPACE + 2 * (settings.max_mib << 20)
         if soft == resource.RLIM_INFINITY or soft > wanted:  # a lower one of the user's stays
             resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
 
@@ -183,7 +195,7 @@ def _noticed(video: Path, seconds: float) -> Iterator[None]:
 def ended_by(path: Path, settings: DecodeSettings) -> tuple[str, str] | None:
     """(video, reason) where the process whose notice this is was ended for a video, else None."""
     named, _, said = path.read_text("utf-8", "replace").partition("\n")
-    if not said:
+    if not named.startswith('"'):  # nothing, or what a crash between two videos left
         return None
     video = json.loads(named)
     if crashed := re.search(r"^Fatal Python error: (.+)$", said, re.M):

@@ -66,8 +66,8 @@ OnVideo = Callable[[Progress], None]
 def estimate_bytes(dataset: Dataset, settings: DecodeSettings, *, samples: int = 8) -> int:
     """About how large the shards will be: some evenly spaced videos are decoded, the others scaled by file size.
 
-    The same for the same videos and settings, so that a plan made from it is too. Always with the default decoder,
-    which a video cannot take the caller with; the other's JPEGs are as large.
+    The same for the same videos, settings and ffmpeg, so that a plan made from it is too. Always with the default
+    decoder, which a video cannot take the caller with; the other's JPEGs are as large.
     """
     settings = replace(settings, decoder="ffmpeg")
     chosen = dataset.videos[:: max(1, len(dataset.videos) // samples)][:samples]
@@ -440,10 +440,7 @@ def _write_tar(
                 if str(video.path) in ruinous:
                     raise DecodeError(video.path, ruinous[str(video.path)])
                 decoded = decode_video(video.path, settings)
-                frames = b"".join(decoded.jpegs)
-            except (DecodeError, MemoryError) as error:
-                if isinstance(error, MemoryError):  # of a worker, whose memory is limited; one that has all is at fault
-                    error = DecodeError(video.path, "wants more memory than a decoder may have")
+            except DecodeError as error:
                 # where the videos lie is no part of the reason: the same failure gives the same bytes elsewhere
                 reason, detail = (
                     words.replace(str(video.path.absolute()), name) for words in (error.reason, error.detail)
@@ -452,7 +449,7 @@ def _write_tar(
                 if on_video:
                     on_video(Progress(video=video, frames=0, bytes=0))
                 continue
-            sizes = [len(jpeg) for jpeg in decoded.jpegs]
+            frames, sizes = b"".join(decoded.jpegs), [len(jpeg) for jpeg in decoded.jpegs]
             record = {
                 "key": video.key,
                 "video": name,

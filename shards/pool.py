@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -120,12 +121,13 @@ def build_shards(
             on_video(progress)
         told.add(progress.video.key)
 
-    notices = None if apart else Path(out) / "parts" / "notices"
+    notices: Path | None = None
+    parts = Path(out) / "parts"
     try:
         while shards:
-            if notices:
-                shutil.rmtree(notices, ignore_errors=True)  # of a build that was killed, or of the last turn
-                notices.mkdir(parents=True)
+            if not apart:
+                parts.mkdir(parents=True, exist_ok=True)
+                notices = Path(tempfile.mkdtemp(prefix="notices-", dir=parts))
             try:
                 return _side_by_side(shards, out, settings, workers, tell, expected, ruinous, notices)
             except BrokenProcessPool as error:
@@ -141,13 +143,12 @@ def build_shards(
                     video, reason = next(iter(found.items()))
                     raise BuildError(
                         f"{out}: {len(ruinous)} videos crashed the decoder, or hung in it, such as {video}: {reason}; "
-                        f"if that is no wonder allow more with --max-failed, or use --decoder ffmpeg; finished shards "
-                        f"are kept"
+                        f"allow more with --max-failed (finished shards are kept), or build anew with --decoder ffmpeg"
                     ) from error
             shards = [shard for shard in shards if finished_part(shard, out) is None]
     finally:
-        if notices:
-            shutil.rmtree(notices, ignore_errors=True)
+        for of in parts.glob("notices-*"):  # those of builds that were killed, too
+            shutil.rmtree(of, ignore_errors=True)
 
 
 def _side_by_side(
@@ -178,7 +179,7 @@ def _side_by_side(
             if listen:
                 listen(progress)
 
-    initargs = (told, stopped, cores, dict(os.environ), notices)
+    initargs = (told, stopped, cores, dict(os.environ), notices, settings)
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=initargs) as pool:
         waiting = {pool.submit(_work, shard, out, settings, expected.get(shard.name), ruinous) for shard in shards}
         try:
@@ -224,6 +225,7 @@ def _start_worker(
     cores: SimpleQueue[set[int]],
     environment: dict[str, str],
     notices: Path | None,
+    settings: DecodeSettings,
 ) -> None:
     global _told, _stopped
     _told, _stopped = told, stopped
@@ -237,7 +239,7 @@ def _start_worker(
     if notices:
         from shards.decode_pyav import give_notice
 
-        give_notice(notices / str(os.getpid()))
+        give_notice(notices / str(os.getpid()), settings)
 
 
 def _end_with_the_caller() -> None:

@@ -157,7 +157,7 @@ def _against_the_notes(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    if isinstance(manifest["format"], int) and manifest["format"] < FORMAT_VERSION:
+    if type(manifest["format"]) is int and 1 <= manifest["format"] < FORMAT_VERSION:
         raise BuildError(
             f"{path.parent}: format {manifest['format']}, made by an older version; this one reads it as it is, and "
             f"verifies and repairs format {FORMAT_VERSION}, which `pasnet shards build` makes of the videos"
@@ -314,7 +314,10 @@ def repair(
             for name in {problem.shard for problem in problems} & notes["plans"].keys():
                 (folder / "parts" / f"{name}.json").unlink(missing_ok=True)  # the tar stays until the next is complete
             todo = [shard for shard in plans if finished_part(shard, folder) is None]
-            build_shards(todo, folder, settings, workers=workers, on_video=on_video, expected=expected)
+            most = max(1, int(notes["max_failed"] * len(dataset.videos)))
+            build_shards(
+                todo, folder, settings, workers=workers, on_video=on_video, expected=expected, max_ruinous=most
+            )
             rebuilt |= {shard.name for shard in todo}
             finish(dataset, plans, folder, settings, max_failed=notes["max_failed"])
             problems = verify(folder, workers=workers)

@@ -1033,7 +1033,41 @@ class TestNothingOfOthers:
         }
         assert sorted(progress.video.key for progress in seen) == sorted(video.key for video in dataset.videos)
         assert len(open_shards(out).keys) == 15 and not list(out.glob("*.tmp"))
-        assert not (out / "parts" / "notices").exists()
+        assert not list(out.glob("parts/notices-*"))
+        (out / "shard-00003.tar").write_bytes(b"damaged")
+        for part in out.glob("parts/shard-*.json"):  # so that all of them are tried again
+            part.unlink()
+        assert repair(out, workers=workers)[1] and not verify(out)
+
+    def test_a_crash_between_videos_is_nobodys(self, tmp_path: Path) -> None:
+        notice = tmp_path / "1"
+        for said in ("", "Fatal Python error: Segmentation fault\n\nThread 0x1:\n", '"a.avi"\n'):
+            notice.write_text(said)
+            assert decode_pyav.ended_by(notice, SETTINGS) is None
+        notice.write_text(json.dumps("a\n.avi") + "\nFatal Python error: Aborted\n\nThread 0x1:\n")
+        assert decode_pyav.ended_by(notice, SETTINGS) == ("a\n.avi", "crashed the decoder (Aborted)")
+
+    def test_memory_that_runs_out_costs_no_frames(self, tmp_path: Path) -> None:
+        """libav tells of it as of a fault in the video; whatever the limit, it is all frames or none."""
+        video = make_video(tmp_path / "a.avi", frames=4, size="6000x3000", encoder=("-c:v", "mjpeg"))
+        limited = """
+import sys
+from pathlib import Path
+from shards import decode_pyav
+from shards.decode import DecodeError, DecodeSettings, decode_video
+settings = DecodeSettings(decoder="pyav", max_mib=1)
+decode_pyav.MAX_ADDRESS_SPACE = int(sys.argv[1]) << 20
+decode_pyav.give_notice(Path(sys.argv[2]), settings)
+try:
+    print(len(decode_video(Path(sys.argv[3]), settings).jpegs))
+except DecodeError as error:
+    print(error.reason)
+"""
+        seen = set()
+        for mib in (30, 45, 60, 75, 400):
+            command = [sys.executable, "-c", limited, str(mib), str(tmp_path / "notice"), str(video)]
+            seen.add(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip())
+        assert seen == {"4", "wants more memory than a decoder may have"}
 
     @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
     def test_a_decoder_that_crashes_on_everything_ends_the_build(
