@@ -558,9 +558,9 @@ def repeating(of: Sequence[Result]) -> Iterator[str]:
     yield prose(
         "`python -m benchmarks again`: how long it takes to find that nothing is left to do. Networks, frames and",
         "clips are small; the numbers of videos, frames and predictions, lists, rows and trainings are the true ones.",
-        "Shards are 16 of each set, and there are no checkpoints or pictures of full size, which a second run does not",
-        "open. To look at the public weights, which so small networks cannot start from, is timed by itself, on files",
-        "of their size, and added.",
+        "Shards are dozens, not hundreds, and there are no checkpoints or pictures of full size, which a second run",
+        "does not open. To look at the public weights, which so small networks cannot start from, is timed by itself,",
+        "on files of their size, and added.",
     )
     for result in of:
         content = result.content

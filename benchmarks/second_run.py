@@ -3,7 +3,7 @@
 The first one would take a GPU days. So networks, training lists, frames and clips are as small as they can be, and what
 a second run has to look at has its true number: 20,086 videos of true mean lengths, in lists with the official counts,
 every row of every table and the trainings that they share, predictions on all 3,783 and 1,530 test videos. What is
-smaller: shards (16 of each set instead of hundreds), checkpoints, which a second run does not open, and pictures, which
+smaller: shards (dozens instead of hundreds), checkpoints, which a second run does not open, and pictures, which
 it does not draw again. Networks that small cannot start from the public weights: to look at files of their size and
 names is timed by itself, and added.
 """
