@@ -356,7 +356,7 @@ def finish(
     failed = sorted((failure for part in parts for failure in part["failures"]), key=lambda row: row["video"])
     write_parquet(out / "failures.parquet", failed, FAILURES_SCHEMA)
     total = len(dataset.videos)
-    if not records or len(failed) > (max(1, max_failed * total) if max_failed else 0):
+    if not records or len(failed) > forgiven(max_failed, total):
         first = failed[0]
         raise BuildError(
             f"{len(failed)} of {total} videos could not be decoded (limit {max_failed:.1%}), such as "
@@ -394,6 +394,11 @@ def finish(
     }
     _write_json(out / "manifest.json", manifest)
     return manifest
+
+
+def forgiven(max_failed: float, total: int) -> float:
+    """How many of `total` videos may be set aside at that share: above 0, one always."""
+    return max(1, max_failed * total) if max_failed else 0
 
 
 def content_digest(records: Sequence[dict[str, Any]]) -> str:

@@ -35,6 +35,7 @@ from shards.pack import (
     check_space,
     finish,
     finished_part,
+    forgiven,
     locked,
     plan,
     read_part,
@@ -82,7 +83,7 @@ def build(
                 for video in shard.videos:
                     on_video(Progress(video=video, frames=0, bytes=0, known=True))
         check_space(dataset, settings, out, len(todo) / len(plans))
-        most = max(1, int(max_failed * len(dataset.videos)))
+        most = forgiven(max_failed, len(dataset.videos))
         build_shards(todo, out, settings, workers=workers, on_video=on_video, max_ruinous=most)
         return finish(dataset, plans, out, settings, max_failed=max_failed)
 
@@ -95,7 +96,7 @@ def build_shards(
     workers: int,
     on_video: OnVideo | None = None,
     expected: Mapping[str, str] | None = None,
-    max_ruinous: int = 1,
+    max_ruinous: float,
 ) -> None:
     """`build_shard` for each, `workers` of them at a time; `expected` holds sha256 by shard name.
 

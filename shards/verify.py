@@ -25,6 +25,7 @@ from shards.pack import (
     content_digest,
     finish,
     finished_part,
+    forgiven,
     is_shard,
     locked,
     plan,
@@ -314,7 +315,7 @@ def repair(
             for name in {problem.shard for problem in problems} & notes["plans"].keys():
                 (folder / "parts" / f"{name}.json").unlink(missing_ok=True)  # the tar stays until the next is complete
             todo = [shard for shard in plans if finished_part(shard, folder) is None]
-            most = max(1, int(notes["max_failed"] * len(dataset.videos)))
+            most = forgiven(notes["max_failed"], len(dataset.videos))
             build_shards(
                 todo, folder, settings, workers=workers, on_video=on_video, expected=expected, max_ruinous=most
             )

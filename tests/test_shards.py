@@ -1079,6 +1079,8 @@ except DecodeError as error:
             BuildError, match=r"[34] videos crashed the decoder.*\(Segmentation fault\).*decoder ffmpeg"
         ):
             build(scan(*find_dataset(videos)), tmp_path, settings, num_shards=4, max_failed=0.2)
+        with pytest.raises(BuildError, match=r"[12] videos crashed the decoder"):  # none is forgiven: the first ends it
+            build(scan(*find_dataset(videos)), tmp_path / "none", settings, num_shards=4, max_failed=0)
 
     def test_what_the_listener_raises_stops_the_workers(self, videos: Path, tmp_path: Path) -> None:
         heard = []
