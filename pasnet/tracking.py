@@ -70,11 +70,38 @@ def default_uri(root: Path) -> str:
 
 
 def client(uri: str) -> MlflowClient:
-    """A client for that address; telemetry off, migration messages off."""
+    """A client for that address; telemetry off, migration messages off. A SQLite file that is not there is made."""
     prepare()
     from mlflow import MlflowClient
 
+    path = uri.removeprefix("sqlite:///")
+    if path not in (uri, "", ":memory:") and "?" not in path:
+        _make_tables(Path(path))
     return MlflowClient(tracking_uri=uri)
+
+
+def _make_tables(path: Path) -> None:
+    """MLflow's tables in a SQLite file that is there whole or not at all, whoever else makes it at the same time.
+
+    MLflow itself makes them in place by its migrations, without a lock: two trainings that start together, or
+    one that is killed meanwhile, leave a file that it can never open again ("_alembic_tmp_experiments already exists").
+    """
+    if path.exists():
+        return
+    import mlflow.store.tracking.sqlalchemy_store as sqlalchemy_store
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f"{path.name}.lock")):
+        if path.exists():  # another process was first
+            return
+        for left in path.parent.glob(f"{path.name}.new-*"):  # of a process that was killed
+            left.unlink()
+        new = path.with_name(f"{path.name}.new-{time.monotonic_ns()}")  # MLflow keeps connections by name
+        artifacts = (path.absolute().parent / "mlartifacts").as_uri()
+        store = sqlalchemy_store.SqlAlchemyStore(f"sqlite:///{new}", artifacts)
+        store.engine.dispose()
+        new.replace(path)
 
 
 def prepare() -> None:

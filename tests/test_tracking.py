@@ -225,6 +225,17 @@ class TestWhereItGoes:
         manifest = json.loads((shard_folder / "manifest.json").read_text())
         assert more["dataset"]["digest"] == manifest["digest"]
 
+    def test_two_that_make_the_tables_at_once_and_one_that_was_killed_at_it(self, tmp_path: Path) -> None:
+        path, half = tmp_path / "mlflow.db", tmp_path / "mlflow.db.new-1"
+        half.write_bytes(b"half of the tables")
+        code = "import sys; from pasnet.tracking import client; print(client(sys.argv[1]).search_experiments()[0].name)"
+        start = [sys.executable, "-c", code, f"sqlite:///{path}"]
+        both = [subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        for each in both:
+            said, complaint = each.communicate()
+            assert (said, each.returncode) == ("Default\n", 0), complaint
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+
     def test_off_imports_nothing_and_writes_nothing(self, tmp_path: Path) -> None:
         code = (
             "import sys; from pathlib import Path; from pasnet.tracking import LiveRun\n"
