@@ -54,7 +54,9 @@ def call(run: Any, arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("pasnet", "shards", "flows"):
             raise
-        print(f"error: this needs the package {error.name}, which is not installed", file=sys.stderr)
+        # a loader process's error comes as text alone
+        name = error.name or str(error).rpartition("No module named ")[2].strip("'\n")
+        print(f"error: this needs the package {name}, which is not installed", file=sys.stderr)
         return 1
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("pasnet", "shards", "flows"):

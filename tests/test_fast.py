@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from pasnet import cli, costing
 from pasnet.config import FUSION_TITLES, FusionConfig, ModelConfig
 from pasnet.experiments import ROWS, select_rows
+from pasnet.models import fast as fast_forms
 from pasnet.models.cost import cost, kept_bytes
 from pasnet.models.fast import InferencePASNet, for_evaluation, optimised
 from pasnet.models.fourier import FourierConv2d
+from pasnet.models.hopper import TurnedConv2d, conv_same
 from pasnet.models.openpose import BodyNet
-from pasnet.models.pasnet import PASNet
+from pasnet.models.pasnet import PASNet, for_tensor_cores
 
 SMALL = 0.125
 
@@ -47,6 +50,105 @@ def trained(style: str, width: float = SMALL, **options: Any) -> PASNet:
 
 def error(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+# ---- what a GPU runs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("paf", "heatmap"), [(True, True), (False, True), (True, False), (False, False)])
+@pytest.mark.parametrize("everything", [False, True])
+def test_merged_convolutions_of_the_pose_network_change_no_number(paf: bool, heatmap: bool, everything: bool) -> None:
+    torch.manual_seed(0)
+    plain = BodyNet(SMALL, paf=paf, heatmap=heatmap).double().train()
+    merged = copy.deepcopy(plain)
+    merged.merged = True
+    x = torch.rand(2, 3, 40, 48, dtype=torch.float64) - 0.5
+    answers = [net(x, everything=everything) for net in (plain, merged)]
+    for of_plain, of_merged in zip(*answers, strict=True):
+        assert (of_plain is None) == (of_merged is None)
+        if of_plain is not None:
+            assert of_plain.shape == of_merged.shape and error(of_merged, of_plain) < 1e-12
+    for answer in answers:
+        sum(maps.square().mean() for maps in answer if maps is not None).backward()
+    gradients = [{name: p.grad for name, p in net.named_parameters() if p.grad is not None} for net in (plain, merged)]
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(error(gradients[1][name], gradient) < 1e-10 for name, gradient in gradients[0].items())
+
+
+def test_merged_layers_and_checkpoints_go_together() -> None:
+    gradients = []
+    for checkpoint in (False, True):
+        torch.manual_seed(0)
+        net = for_tensor_cores(PASNet(ModelConfig(num_classes=5, width=SMALL))).double().train()
+        assert net.pose is not None and net.pose.merged
+        net.pose.checkpoint = checkpoint
+        torch.manual_seed(1)
+        net(clips()).sum().backward()
+        gradients.append(net.pose.conv1_1.weight.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("style", ["A", "A+pool(I)+pool(F)", "Conv(A,E*A)", "A+pool(I)"])
+def test_the_form_for_tensor_cores_agrees(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_forms, "is_hopper", lambda device: True)
+    net = trained(style)
+    found = InferencePASNet(net, "fp32", fourier=False, tensor_cores=True)
+    x = clips()
+    with torch.inference_mode():
+        assert error(found(x), net(x)) < 1e-4
+    turned = [module for module in found.modules() if isinstance(module, TurnedConv2d)]
+    assert bool(turned) == (style != "A")
+    assert net.state_dict().keys() == trained(style).state_dict().keys()  # nothing of the source has changed
+
+
+def test_a_turned_convolution_is_the_convolution() -> None:
+    for kernel, padding in ((7, 3), (3, 1), (5, 0)):
+        conv = nn.Conv2d(5, 6, kernel, padding=padding).double()
+        x = torch.rand(2, 5, 9, 11, dtype=torch.float64)
+        assert error(TurnedConv2d(conv)(x), conv(x)) < 1e-12
+
+
+@pytest.mark.parametrize("kernel", [(7, 7), (7, 5), (5, 7), (9, 9)])
+def test_gradients_in_parts_are_the_gradients(kernel: tuple[int, int]) -> None:
+    x, up = torch.randn(2, 8, 9, 12).double(), torch.randn(2, 6, 9, 12).double()
+    weight, bias = torch.randn(6, 8, *kernel).double(), torch.randn(6).double()
+    found = []
+    for run, more in (
+        (conv_same, {"turned": True}),
+        (nn.functional.conv2d, {"padding": (kernel[0] // 2, kernel[1] // 2)}),
+    ):
+        given = [of.clone().requires_grad_() for of in (x, weight, bias)]
+        out = run(*given, **more)
+        out.backward(up)
+        found.append([out, *(of.grad for of in given)])
+    for ours, exact in zip(*found, strict=True):
+        assert ours is not None and exact is not None and ours.shape == exact.shape and error(ours, exact) < 1e-12
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_network_with_turned_convolutions_learns_the_same(compiled: bool) -> None:
+    plain = PASNet(ModelConfig(num_classes=5, width=SMALL, dropout=0)).double().train()
+    turned = for_tensor_cores(copy.deepcopy(plain))
+    assert turned.pose is not None
+    turned.pose.turned = True
+    gradients = []
+    for net in (plain, turned):
+        run = torch.compile(net, backend="aot_eager") if compiled and net is turned else net
+        nn.functional.cross_entropy(run(clips()), torch.tensor([0, 1])).backward()
+        gradients.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    # biases before a batch norm have none but rounding's
+    whole = [torch.cat([of.flatten() for of in each.values()]) for each in gradients]
+    assert error(whole[1], whole[0]) < 1e-9
+
+
+def test_shapes_that_torch_compile_is_told_are_the_true_ones() -> None:
+    x = torch.rand(2, 8, 9, 12).to(memory_format=torch.channels_last)
+    weight, bias = torch.rand(6, 8, 7, 7), torch.rand(6)
+    torch.library.opcheck(torch.ops.pasnet.conv_relu.default, (x, weight, bias, [2, 2], [3, 3]))
+    torch.library.opcheck(torch.ops.pasnet.turned_conv.default, (x, torch.rand(8, 6, 7, 7), [3, 3]))
+    weight.requires_grad_()
+    torch.library.opcheck(torch.ops.pasnet.conv.default, (x.requires_grad_(), weight))
 
 
 # ---- the inference form ----------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ Derived from a network that keeps the public names; nothing is trained or saved 
   * convolutions that read the same tensor are one: the four 1x1 ones of an Inception block (average pooling and a 1x1
     convolution commute, the bias added afterwards), the first of both branches of a pose stage;
   * 2D maps are channels-last; in fp32 on a CPU the 7x7 convolutions go by Fourier tiles (fourier.py);
-  * bf16: weights and maps are stored in bf16; the head stays fp32.
+  * bf16: weights and maps are stored in bf16; the head stays fp32;
+  * bf16 on a GPU: frames and maps have channels of zeros up to a multiple of eight (openpose.py), a convolution, its
+    bias and its ReLU are one kernel of cuDNN's, and the 7x7 ones run as gradients (hopper.py).
 
 The mean of the frames is subtracted before the first convolution, not inside it: zero padding comes after the
 subtraction, so that folding it would change every border. Each choice was measured; docs/performance.md has the table.
@@ -20,15 +22,18 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, max_pool2d, relu
+from torch.nn.functional import avg_pool2d, max_pool2d, pad, relu
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pasnet.models.eco import AppearanceTrunk
 from pasnet.models.fourier import FourierConv2d
-from pasnet.models.openpose import MAPS, BodyMaps, BodyNet, stage_layers
+from pasnet.models.hopper import TurnedConv2d, conv_relu, is_hopper, numbers
+from pasnet.models.openpose import MAPS, TRUNK, BodyMaps, BodyNet, padded_first, padded_maps, stage_layers
 from pasnet.models.pasnet import PASNet
 
 FOURIER_CHANNELS = 64  # below, a direct 7x7 convolution is so short that the transforms do not pay
+
+EIGHT = 8  # channels that tensor cores take at once
 
 FRAMES = 8  # at a time on a CPU: enough rows for the Fourier tiles' matrix products
 
@@ -50,19 +55,19 @@ def optimised(
     device = model.head.weight.device
     if fourier is None:
         fourier = precision == "fp32" and device.type == "cpu"
-    fast = InferencePASNet(model, precision, fourier)
+    fast = InferencePASNet(model, precision, fourier, precision == "bf16" and device.type == "cuda")
     return _compiled(fast, device) if compiled else fast
 
 
 def for_evaluation(model: nn.Module, precision: str, clips: int) -> nn.Module | None:
     """The form of `model` to evaluate `clips` clips with, or None where the plain one, under autocast, is to be used.
 
-    The fast form is for CPUs, where it was measured to be no slower; a GPU has not been measured. For a few clips
-    Fourier tiles would take longer to make than they save.
+    The fast form is taken where it was measured to be faster: on a CPU, and on a GPU in bf16. For a few clips Fourier
+    tiles would take longer to make than they save, as torch.compile would for a test list.
     """
-    if not isinstance(model, PASNet) or model.head.weight.device.type != "cpu":
+    if not isinstance(model, PASNet):
         return None
-    if precision == "fp32":
+    if precision == "fp32" and model.head.weight.device.type == "cpu":
         return optimised(model, fourier=clips >= 16)
     if precision == "bf16" and has_fast_bf16(model.head.weight.device):
         return optimised(model, "bf16")
@@ -79,13 +84,15 @@ def has_fast_bf16(device: torch.device) -> bool:
 class InferencePASNet(nn.Module):
     """RGB clips (B,K,3,H,W), uint8 or float 0..255 -> logits (B,num_classes), fp32. Made by `optimised`."""
 
-    def __init__(self, model: PASNet, precision: Literal["fp32", "bf16"], fourier: bool) -> None:
+    def __init__(
+        self, model: PASNet, precision: Literal["fp32", "bf16"], fourier: bool, tensor_cores: bool = False
+    ) -> None:
         """Copies what is needed of `model`; always in eval mode, without gradients."""
         super().__init__()
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.source = (model.config.pose_input, model.fusion.pose_feature == "post_relu")
-        self.appearance = FastAppearance(model.appearance) if model.fusion.needs_appearance else None
-        self.pose = FastBody(model.pose, fourier) if model.pose is not None else None
+        self.appearance = FastAppearance(model.appearance, tensor_cores) if model.fusion.needs_appearance else None
+        self.pose = FastBody(model.pose, fourier, tensor_cores) if model.pose is not None else None
         self.fusion = copy.deepcopy(model.fusion).eval()
         if isinstance(self.fusion.conv, nn.Sequential) and len(self.fusion.conv) == 3:  # conv, BN, ReLU
             self.fusion.conv[0], self.fusion.conv[1] = _fold(self.fusion.conv[0], self.fusion.conv[1]), nn.Identity()
@@ -145,9 +152,10 @@ class FastAppearance(nn.Module):
     BLOCKS = ("inception_3a", "inception_3b")
     SHARED = ("1x1", "3x3_reduce", "double_3x3_reduce", "pool_proj")  # all but the last read the block's input
 
-    def __init__(self, trunk: AppearanceTrunk) -> None:
+    def __init__(self, trunk: AppearanceTrunk, tensor_cores: bool = False) -> None:
         """Folds and merges copies of the trunk's layers, under the trunk's names where they remain."""
         super().__init__()
+        self.tensor_cores = tensor_cores
         for name, conv in trunk.named_children():
             if not name.endswith("_bn"):
                 self.add_module(name, _fold(conv, trunk.get_submodule(f"{name}_bn")))
@@ -163,9 +171,11 @@ class FastAppearance(nn.Module):
             self.add_module(f"{block}_shared", merged)
             for name in self.SHARED:
                 delattr(self, f"{block}_{name}")
+        if tensor_cores:
+            _pad_inputs(self.get_submodule("conv1_7x7_s2"))
 
     def _run(self, name: str, x: Tensor) -> Tensor:
-        return relu(self.get_submodule(name)(x), inplace=True)
+        return _conv_relu(self.get_submodule(name), x, self.tensor_cores)
 
     def _block(self, name: str, x: Tensor) -> Tensor:
         one, three, double, proj = self.get_submodule(f"{name}_shared")(x).split(self.widths[name], dim=1)
@@ -177,6 +187,8 @@ class FastAppearance(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """(N,3,H,W) -> (N,96w,H/8,W/8); see AppearanceTrunk for the shapes between."""
+        if self.tensor_cores:
+            frames = pad(frames, (0, 0, 0, 0, 0, EIGHT - 3))
         x = max_pool2d(self._run("conv1_7x7_s2", frames), 3, stride=2, ceil_mode=True)
         x = self._run("conv2_3x3", self._run("conv2_3x3_reduce", x))
         x = max_pool2d(x, 3, stride=2, ceil_mode=True)
@@ -188,52 +200,90 @@ class FastAppearance(nn.Module):
 class FastBody(BodyNet):
     """openpose.BodyNet with one first convolution for both branches of a stage; reads stage 6 as its source does."""
 
-    def __init__(self, body: BodyNet, fourier: bool) -> None:
+    def __init__(self, body: BodyNet, fourier: bool, tensor_cores: bool = False) -> None:
         """Copies the layers of `body` that its maps need."""
         nn.Module.__init__(self)
         self.paf, self.heatmap, self.unused, self.checkpoint = body.paf, body.heatmap, (), False
+        self.merged, self.turned = tensor_cores, False
         for name, conv in body.named_children():
             if name not in body.unused:
                 self.add_module(name, copy.deepcopy(conv))
         for stage in range(1, 7):
             firsts = [stage_layers(stage, branch)[0][0] for branch in self._branches(stage)]
-            self.add_module(f"first_{stage}", _merge([self.get_submodule(name) for name in firsts]))
+            first = _merge([self.get_submodule(name) for name in firsts])
+            if stage > 1 and self.merged:
+                first.weight = nn.Parameter(padded_first(first.weight.detach()))
+            self.add_module(f"first_{stage}", first)
             for name in firsts:
                 delattr(self, name)
+        if self.merged:
+            _pad_inputs(self.get_submodule("conv1_1"))
+            for stage, branch in ((stage, branch) for stage in range(1, 6) for branch in MAPS):
+                conv = self.get_submodule(stage_layers(stage, branch)[-1][0])
+                weight, bias = conv.get_parameter("weight").detach(), conv.get_parameter("bias").detach()
+                conv.weight, conv.bias = map(nn.Parameter, padded_maps(weight, bias, branch))
         for name, conv in list(self.named_children()):
-            if not fourier or not isinstance(conv, nn.Conv2d) or conv.kernel_size != (7, 7):
+            if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (7, 7):
                 continue
-            if min(conv.in_channels, conv.out_channels) >= FOURIER_CHANNELS:
+            if fourier and min(conv.in_channels, conv.out_channels) >= FOURIER_CHANNELS:
                 self.set_submodule(name, FourierConv2d(conv))
+            elif self.merged and is_hopper(conv.weight.device):
+                self.set_submodule(name, TurnedConv2d(conv))
 
     def _branches(self, stage: int) -> tuple[str, ...]:
         return tuple(MAPS) if stage < 6 or self.paf else ("L2",)
 
-    def _both(self, stage: int, x: Tensor) -> dict[str, Tensor]:
-        """Both branches of a stage up to the convolution before its maps, whose ReLU is still to come."""
+    def _run(self, name: str, x: Tensor) -> Tensor:
+        return _conv_relu(self.get_submodule(name), x, self.merged)
+
+    def _trunk(self, x: Tensor) -> Tensor:
+        if self.merged:
+            x = pad(x, (0, 0, 0, 0, 0, EIGHT - 3))
+        for layer in TRUNK:
+            x = max_pool2d(x, 2) if layer is None else self._run(layer[0], x)
+        return x
+
+    def _both(self, stage: int, x: Tensor, after_relu: bool) -> dict[str, Tensor]:
+        """Both branches of a stage up to the convolution before its maps, after its ReLU or before."""
         branches = self._branches(stage)
-        shared = relu(self.get_submodule(f"first_{stage}")(x), inplace=True)
+        shared = self._run(f"first_{stage}", x)
         found = {}
         for branch, y in zip(branches, shared.chunk(len(branches), dim=1), strict=True):
             _, *between, (last, _, _), _ = stage_layers(stage, branch)
+            if self.merged:
+                y = y.contiguous(memory_format=torch.channels_last)  # cuDNN takes no part of a map's channels
             for name, _, _ in between:
-                y = relu(self._conv(name, y), inplace=True)
-            found[branch] = self._conv(last, y)
+                y = self._run(name, y)
+            found[branch] = self._run(last, y) if after_relu else self._conv(last, y)
         return found
 
     def forward(self, frames: Tensor, everything: bool = False) -> BodyMaps:
         """As BodyNet.forward, without the maps for pictures."""
         trunk = x = self._trunk(frames)
         for stage in range(1, 6):
-            maps = [self._maps(stage, branch, relu(y, inplace=True)) for branch, y in self._both(stage, x).items()]
+            maps = [self._maps(stage, branch, y) for branch, y in self._both(stage, x, after_relu=True).items()]
             x = torch.cat([*maps, trunk], dim=1)
-        raw = self._both(6, x)
+        raw = self._both(6, x, after_relu=False)
         out = BodyMaps(implicit=relu(raw["L2"]), implicit_pre_relu=raw["L2"])
         if self.heatmap:
             out = out._replace(heatmaps=self._maps(6, "L2", out.implicit))
         if self.paf:
             out = out._replace(paf_feature=relu(raw["L1"]), paf_feature_pre_relu=raw["L1"])
         return out
+
+
+def _conv_relu(conv: nn.Module, x: Tensor, tensor_cores: bool) -> Tensor:
+    """conv, its bias and ReLU; on tensor cores in one kernel, but for a turned one, which has none."""
+    if tensor_cores and isinstance(conv, nn.Conv2d):
+        assert conv.bias is not None
+        return conv_relu(x, conv.weight, conv.bias, list(conv.stride), numbers(conv.padding))
+    return relu(conv(x), inplace=True)
+
+
+def _pad_inputs(conv: nn.Module) -> None:
+    """Makes a convolution of three channels one of eight, whose last five count for nothing."""
+    weight = conv.get_parameter("weight").detach()
+    conv.weight = nn.Parameter(pad(weight, (0, 0, 0, 0, 0, EIGHT - weight.shape[1])))
 
 
 def _fold(conv: nn.Module, norm: nn.Module) -> nn.Module:
@@ -261,6 +311,6 @@ def _compiled(net: nn.Module, device: torch.device) -> nn.Module:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         warnings.warn(f"torch.compile does not work here, running without it: {reason}", stacklevel=3)
         return net
-    if device.type == "cuda":
-        return torch.compile(net, mode="reduce-overhead")  # type: ignore[return-value]
+    if device.type == "cuda":  # a CUDA graph is of one shape anyway
+        return torch.compile(net, mode="reduce-overhead", dynamic=False)  # type: ignore[return-value]
     return torch.compile(net)  # type: ignore[return-value]

@@ -17,6 +17,11 @@ Deviations from the source:
 In training the network keeps 101 MB of maps per frame (width 1, 224 x 224, fp32) for its backward pass. With
 `checkpoint` set it keeps what enters each of ten parts, and runs a part again when its gradients are due: the same
 gradients, for one more forward pass. A network whose parameters are all frozen keeps nothing in either case.
+
+With `merged` set the first convolutions of a stage's two branches, which read the same maps, are run as one; and the
+maps have channels of zeros behind them, 40 + 24 + 128 = 192 with the trunk's, since 185 is no multiple of the eight
+that tensor cores take at once. The same sums, put together anew from the public weights in each forward pass. With
+`turned` set as well the 7x7 convolutions run as hopper.py says.
 """
 
 from __future__ import annotations
@@ -26,8 +31,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import max_pool2d, relu
+from torch.nn.functional import max_pool2d, pad, relu
 from torch.utils.checkpoint import checkpoint
+
+from pasnet.models.hopper import conv_same
 
 # VGG-19's first ten convolutions and two that narrow them down: (name, outputs), None for a 2x2 max pooling.
 TRUNK: tuple[tuple[str, int] | None, ...] = (
@@ -37,6 +44,7 @@ TRUNK: tuple[tuple[str, int] | None, ...] = (
     ("conv4_1", 512), ("conv4_2", 512), ("conv4_3_CPM", 256), ("conv4_4_CPM", 128),
 )  # fmt: skip
 MAPS = {"L1": 38, "L2": 19}  # x and y of 19 limbs; 18 keypoints and, as channel 18, the background
+PADDED = {"L1": 40, "L2": 24}  # the same with channels of zeros
 
 
 def stage_layers(stage: int, branch: str) -> list[tuple[str, int, int]]:
@@ -47,6 +55,20 @@ def stage_layers(stage: int, branch: str) -> list[tuple[str, int, int]]:
     name = f"stage{stage}_{branch}"
     hidden = [(f"Mconv{i}_{name}", 128, 7) for i in (1, 2, 3, 4, 5)]
     return [*hidden, (f"Mconv6_{name}", 128, 1), (f"Mconv7_{name}", MAPS[branch], 1)]
+
+
+def padded_maps(weight: Tensor, bias: Tensor, branch: str) -> tuple[Tensor, Tensor]:
+    """A convolution that makes a branch's maps -> one that makes the zeros of PADDED behind them, too."""
+    zeros = PADDED[branch] - MAPS[branch]
+    return pad(weight, (0, 0, 0, 0, 0, 0, 0, zeros)), pad(bias, (0, zeros))
+
+
+def padded_first(weight: Tensor) -> Tensor:
+    """Weights (outputs, 57 + C, k, k) of a convolution that reads both branches' maps and the trunk -> (outputs,
+    64 + C, k, k), of one that reads them with the zeros of PADDED."""
+    *maps, trunk = weight.split([*MAPS.values(), weight.shape[1] - sum(MAPS.values())], dim=1)
+    zeros = [PADDED[branch] - MAPS[branch] for branch in MAPS]
+    return torch.cat([*(pad(of, (0, 0, 0, 0, 0, z)) for of, z in zip(maps, zeros, strict=True)), trunk], dim=1)
 
 
 class BodyMaps(NamedTuple):
@@ -70,7 +92,7 @@ class BodyNet(nn.Module):
         """`paf` and `heatmap`: whether training reads F and H."""
         super().__init__()
         self.paf, self.heatmap = paf, heatmap
-        self.checkpoint = False  # see the module's docstring; set it before training
+        self.checkpoint = self.merged = self.turned = False  # see the module's docstring; set them before training
 
         def scaled(channels: int) -> int:
             return max(4, 4 * int(channels * width / 4 + 0.5))
@@ -112,6 +134,9 @@ class BodyNet(nn.Module):
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # every convolution here has one
 
     def _conv(self, name: str, x: Tensor) -> Tensor:
+        if self.merged:
+            weight, bias = self.get_parameter(f"{name}.weight"), self.get_parameter(f"{name}.bias")
+            return conv_same(x, weight, bias, self.turned)
         return self.get_submodule(name)(x)
 
     def _part(self, function: Callable[..., Any], *inputs: Any) -> Any:
@@ -138,19 +163,38 @@ class BodyNet(nn.Module):
 
     def _stage(self, stage: int, x: Tensor, trunk: Tensor) -> Tensor:
         """A stage before the last: what the next one reads, the maps of both branches and the trunk."""
-        pafs = self._maps(stage, "L1", relu(self._hidden(stage, "L1", x), inplace=True))  # (N,38,28,28)
-        heat = self._maps(stage, "L2", relu(self._hidden(stage, "L2", x), inplace=True))  # (N,19,28,28)
-        return torch.cat([pafs, heat, trunk], dim=1)  # (N,185,28,28)
+        hidden = zip(MAPS, self._hidden(stage, tuple(MAPS), x), strict=True)
+        maps = [self._maps(stage, branch, relu(y, inplace=True), self.merged) for branch, y in hidden]
+        return torch.cat([*maps, trunk], dim=1)  # (N,38,28,28), (N,19,28,28) and the trunk: (N,185,28,28)
 
-    def _hidden(self, stage: int, branch: str, x: Tensor) -> Tensor:
-        """One branch up to the convolution before its maps, whose ReLU is still to come."""
-        *before, (last, _, _), _ = stage_layers(stage, branch)
-        for name, _, _ in before:
-            x = relu(self._conv(name, x), inplace=True)
-        return self._conv(last, x)
+    def _hidden(self, stage: int, branches: tuple[str, ...], x: Tensor) -> list[Tensor]:
+        """Branches up to the convolution before their maps, whose ReLU is still to come."""
+        found = []
+        for branch, y in zip(branches, self._first(stage, branches, x), strict=True):
+            _, *between, (last, _, _), _ = stage_layers(stage, branch)
+            for name, _, _ in between:
+                y = relu(self._conv(name, y), inplace=True)
+            found.append(self._conv(last, y))
+        return found
 
-    def _maps(self, stage: int, branch: str, hidden: Tensor) -> Tensor:
-        return self._conv(stage_layers(stage, branch)[-1][0], hidden)
+    def _first(self, stage: int, branches: tuple[str, ...], x: Tensor) -> tuple[Tensor, ...]:
+        """The first convolution of each branch, after ReLU."""
+        names = [stage_layers(stage, branch)[0][0] for branch in branches]
+        if not self.merged:
+            return tuple(relu(self._conv(name, x), inplace=True) for name in names)
+        weight, bias = (torch.cat([self.get_parameter(f"{name}.{of}") for name in names]) for of in ("weight", "bias"))
+        if weight.shape[1] != x.shape[1]:
+            weight = padded_first(weight)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        both = relu(conv_same(x, weight, bias, self.turned), inplace=True)
+        return both.chunk(len(branches), dim=1)
+
+    def _maps(self, stage: int, branch: str, hidden: Tensor, padded: bool = False) -> Tensor:
+        name = stage_layers(stage, branch)[-1][0]
+        if not padded:
+            return self._conv(name, hidden)
+        weight, bias = padded_maps(self.get_parameter(f"{name}.weight"), self.get_parameter(f"{name}.bias"), branch)
+        return conv_same(hidden, weight, bias, False)
 
     def forward(self, frames: Tensor, everything: bool = False) -> BodyMaps:
         """Run the six stages, of the last one only what is read. Shapes for width 1 and 224 x 224."""
@@ -159,14 +203,15 @@ class BodyNet(nn.Module):
         for stage in range(1, 6):
             x = self._part(self._stage, stage, x, trunk)
 
-        raw = self._part(self._hidden, 6, "L2", x)  # (N,128,28,28)
-        out = BodyMaps(implicit=relu(raw), implicit_pre_relu=raw)
+        branches = ("L2", "L1") if self.paf or everything else ("L2",)
+        together = [branches] if self.merged else [(branch,) for branch in branches]
+        raw = [y for some in together for y in self._part(self._hidden, 6, some, x)]  # each (N,128,28,28)
+        out = BodyMaps(implicit=relu(raw[0]), implicit_pre_relu=raw[0])
         if self.heatmap or everything:
             out = out._replace(heatmaps=self._maps(6, "L2", out.implicit))  # (N,19,28,28)
-        if self.paf or everything:
-            raw = self._part(self._hidden, 6, "L1", x)  # (N,128,28,28)
-            field = relu(raw)
-            out = out._replace(paf_feature=field, paf_feature_pre_relu=raw)
+        if len(branches) == 2:
+            field = relu(raw[1])
+            out = out._replace(paf_feature=field, paf_feature_pre_relu=raw[1])
             if everything:
                 out = out._replace(pafs=self._maps(6, "L1", field))  # (N,38,28,28)
         return out
@@ -177,7 +222,8 @@ class BodyNet(nn.Module):
         x = trunk = self._trunk(frames)
         found = []
         for stage in range(1, 7):
-            pafs, heat = (self._maps(stage, branch, relu(self._hidden(stage, branch, x))) for branch in ("L1", "L2"))
+            hidden = zip(MAPS, self._hidden(stage, tuple(MAPS), x), strict=True)
+            pafs, heat = (self._maps(stage, branch, relu(y)) for branch, y in hidden)
             found.append((pafs, heat))
             x = torch.cat([pafs, heat, trunk], dim=1)
         return found
