@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pasnet.config import FUSION_TITLES, FusionConfig, ModelConfig
+from pasnet.models import eco
 from pasnet.models.eco import AppearanceTrunk, TemporalNet, scaled
 from pasnet.models.fusion import READS, Fusion, channel_windows
 from pasnet.models.openpose import BodyNet
@@ -421,6 +422,20 @@ def shake(net: nn.Module) -> None:
             for tensor in (module.weight.data, module.running_var, module.bias.data, module.running_mean):
                 assert tensor is not None
                 tensor.uniform_(0.5, 1.5)
+
+
+@pytest.mark.parametrize("k", range(1, 7))
+@pytest.mark.parametrize("stride", [1, 2])
+def test_bf16_gradients_of_3d_convolutions_on_a_cpu(k: int, stride: int) -> None:
+    conv = eco._conv3d(16, 16, stride)
+    x = torch.randn(2, 16, k, 7, 7)
+    up = torch.randn_like(conv(x))
+    found = []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = conv(x)
+        found.append(torch.autograd.grad(out, conv.weight, up.to(out.dtype))[0])
+    assert (found[1] - found[0]).norm() < 0.02 * found[0].norm()
 
 
 def test_skips_carry_the_raw_sum() -> None:

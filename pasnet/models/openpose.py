@@ -187,7 +187,8 @@ class BodyNet(nn.Module):
             weight = padded_first(weight)
         weight = weight.contiguous(memory_format=torch.channels_last)
         both = relu(conv_same(x, weight, bias, self.turned), inplace=True)
-        return both.chunk(len(branches), dim=1)
+        # cuDNN takes no part of a map's channels
+        return tuple(y.contiguous(memory_format=torch.channels_last) for y in both.chunk(len(branches), dim=1))
 
     def _maps(self, stage: int, branch: str, hidden: Tensor, padded: bool = False) -> Tensor:
         name = stage_layers(stage, branch)[-1][0]
