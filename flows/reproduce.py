@@ -71,7 +71,8 @@ def pasnet(
         pose_weights: OpenPose body checkpoint, likewise.
         pretrain: a set to learn from beforehand (D0): "synthetic", or a folder of videos or shards; "none"; empty means
             the preset's.
-        overrides: any setting of pasnet/config.py, such as {"optim.epochs": 2}.
+        overrides: any setting of pasnet/config.py, such as {"optim.epochs": 2}; {"pose.steps": 500} is one of the
+            training of our own pose network.
         workers: shards that are packed at the same time, each with an ffmpeg of its own.
         fetch: download first what is not there: data folders named ucf101, hmdb51 or jhmdb, and weights given by name.
         mirrors: base addresses that are asked first, as <mirror>/<file name>.

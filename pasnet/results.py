@@ -29,7 +29,7 @@ from pasnet.experiments import QUESTIONS, Row
 from pasnet.journal import place_of
 from pasnet.ordering import comparisons
 from pasnet.report import results_page, table_csv, table_page
-from pasnet.study import D0_EMBEDDED, EMBEDDED_SETS, Job, Shards, Study, dataset_for, trainings_for
+from pasnet.study import D0_EMBEDDED, EMBEDDED_SETS, POSE, SIZES, Job, Shards, Study, dataset_for, trainings_for
 from pasnet.tracking import TrackingError, record_rows
 
 PATHS = (
@@ -269,6 +269,13 @@ def _differences(study: Study, row: Row, of: Shards, members: Sequence[Job]) -> 
     elif first.config.model.needs_pose and first.training.strategy != "recent":
         found.append("random start of the pose network")
     own: list[str] = []
+    if first.pose:
+        usual_pose, made_pose = to_dict(study.size.pose), to_dict(study.pose_config)
+        own += [
+            f"{POSE}{name} {value} instead of the preset's {usual_pose[name]}"
+            for name, value in made_pose.items()
+            if value != usual_pose[name] and name not in SIZES.values()
+        ]
     for k, job in zip(row.num_segments, members, strict=True):
         usual = TrainConfig(
             model=ModelConfig(num_classes=1, fusion=FusionConfig(style=row.fusion)),

@@ -68,6 +68,8 @@ NOTHING = "none"  # for `pretrain`: no D0, whatever the preset says
 OFFICIAL = ("ucf101", "hmdb51")  # the paper's
 AT_ANY_K = ("table-1", "table-2", *EXTRA_TABLES)  # tables that are about something else than K
 WEIGHTS = "weights"  # the folder of public weights that are given by name
+SIZES = {"model.width": "width", "data.input_size": "input_size"}  # the pose network's, where they are overridden
+POSE = "pose."  # what overrides of its training start with; its width and input size stay the networks'
 # Weights from D0 stand in for public ones: there is one set of them, whatever splits and seeds D1 is run on.
 D0_SPLIT, D0_SEED = 1, 0
 
@@ -103,7 +105,7 @@ class Study:
     eco_weights: str = ""
     pose_weights: str = ""
     pretrain: str = ""  # D0: EMBEDDED (another one, larger), a folder of videos or of shards, NOTHING; "": the preset's
-    overrides: Mapping[str, Any] = field(default_factory=dict)  # such as {"optim.epochs": 2}
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # {"optim.epochs": 2}; {"pose.steps": 500}, see POSE
     coming: bool = False  # public weights are fetched before it starts: a plan counts on them
 
     def __post_init__(self) -> None:
@@ -136,10 +138,11 @@ class Study:
         for name in self.overrides:
             if name.startswith(
                 ("model.num_classes", "model.fusion.style", "data.shards", "data.split", "init.", "seed")
-            ):
+            ) or name in [f"{POSE}{size}" for size in (*SIZES.values(), "split")]:
                 raise ConfigError(f"{name} is set by the study itself; use its own parameter")
             if name == "data.num_segments":
                 raise ConfigError("set K with num_segments, not with data.num_segments")
+        _ = self.pose_config
         for row in self.rows:  # every config that will be made, at the sizes that it will have
             for training in in_order(self.at_k(trainings_of(row, row.dataset, self.source(row, "-")))):
                 self.config_of(training, num_classes=2, shards="-", split=1, seed=0, parent="")
@@ -185,6 +188,15 @@ class Study:
         return not self.pose_weights and any(ModelConfig(num_classes=1, fusion=each).needs_pose for each in models)
 
     @property
+    def pose_config(self) -> PoseTrainConfig:
+        """Of our own pose network's training: the preset's at the networks' sizes, and what overrides say of it."""
+        sizes = {"width": self.size.width, "input_size": self.size.input_size}
+        sizes |= {name: value for key, name in SIZES.items() if (value := self.overrides.get(key)) is not None}
+        own = {name.removeprefix(POSE): value for name, value in self.overrides.items() if name.startswith(POSE)}
+        config: PoseTrainConfig = replace(self.size.pose, own | sizes)
+        return config
+
+    @property
     def joints(self) -> Path | None:
         """The joints.parquet of D0, which our own pose network is trained on; None where it has none."""
         if self.d0 == EMBEDDED:
@@ -228,9 +240,10 @@ class Study:
             ),
             seed=seed,
         )
-        config = replace(config, dict(self.overrides))
+        changes = {name: value for name, value in self.overrides.items() if not name.startswith(POSE)}
+        config = replace(config, changes)
         if STRATEGIES[training.strategy][-1].long:
-            first = replace(dataclasses.replace(config, optim=size.eco_optim), dict(self.overrides)).optim
+            first = replace(dataclasses.replace(config, optim=size.eco_optim), changes).optim
             config = dataclasses.replace(config, optim=lengthened(config.optim, by=first.epochs))
         return config
 
@@ -407,9 +420,7 @@ def pose_job(study: Study, d0: Shards | None) -> PoseJob | None:
     from pasnet.weights import sha256_of
 
     known = sha256_of(joints) if joints.is_file() else ""  # a plan may come before them
-    size = {"width": study.size.width, "input_size": study.size.input_size}
-    size |= {name: value for key, name in SIZES.items() if (value := study.overrides.get(key)) is not None}
-    config: PoseTrainConfig = replace(study.size.pose, size)
+    config = study.pose_config
     name = f"{d0.dataset}-{digest([NUMERICS, VERSION, to_dict(config), d0.digest, known])}"
     return PoseJob(
         config=config,
@@ -418,9 +429,6 @@ def pose_job(study: Study, d0: Shards | None) -> PoseJob | None:
         folder=str(study.root / "pose" / name),
         rehearse=study.size.rehearse,
     )
-
-
-SIZES = {"model.width": "width", "data.input_size": "input_size"}  # the pose network's, where they are overridden
 
 
 def jobs(

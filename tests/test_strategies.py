@@ -37,7 +37,7 @@ from pasnet.experiments import (
     trainings_of,
 )
 from pasnet.models.pasnet import build
-from pasnet.results import _line_of, _weights, collect
+from pasnet.results import _differences, _line_of, _weights, collect
 from pasnet.study import Job, PoseJob, Shards, Study, jobs, make_synthetic, pose_job
 from pasnet.synth import SynthConfig
 
@@ -256,6 +256,26 @@ class TestJobs:
             folders.add(pose_job(asked, D0).folder)  # type: ignore[union-attr]
         assert len(folders) == 3
         assert pose_job(study(tmp_path, fusions=("A+1*1conv",)), D0) is None  # nobody has a pose network
+
+    def test_overrides_reach_the_pose_networks_training_and_no_other(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pasnet.weights.is_published", lambda *_: False)  # it is not trained yet
+        asked = study(tmp_path, overrides={"pose.steps": "7", "optim.epochs": 3})
+        made = pose_job(asked, D0)
+        assert made is not None and made.config == replace(PRESETS["full"].pose, width=1.0, input_size=224, steps=7)
+        by = by_role(jobs(asked, (D1,), D0))
+        assert {job.config.optim.epochs for job in by.values()} == {3}
+        for row in asked.rows:  # and the page says so, of networks that it is a part of
+            _, ours = _differences(asked, row, D1, [by["D1", row.strategy, row.fusion]])
+            has_pose = row.fusion == "Conv(A,I)" and row.strategy != "recent"
+            assert ("pose.steps 7 instead of the preset's 2000" in ours) == has_pose
+        for wrong, said in (
+            ("pose.step", "unknown setting 'step'; near it: steps"),
+            ("pose.width", "set by the study"),
+        ):
+            with pytest.raises(ConfigError, match=said):
+                study(tmp_path, overrides={wrong: 7})
 
     def test_a_page_says_where_the_weights_come_from(self, tmp_path: Path) -> None:
         asked = study(tmp_path)
