@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
 
 
 def commit() -> str:
-    """The commit of the code, "+" when there are uncommitted changes, "unknown" outside a checkout."""
+    """The commit of the code, "+" when there are uncommitted changes; outside a checkout what PASNET_COMMIT says, such
+    as on a machine that got a copy of one, else "unknown"."""
     here = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
@@ -17,7 +19,7 @@ def commit() -> str:
     try:
         return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain").strip() else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("PASNET_COMMIT") or "unknown"
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pasnet import execute
+from pasnet import execute, provenance
 from pasnet.config import ConfigError, flatten, to_dict
 from pasnet.evaluate import Predictions
 from pasnet.experiments import PRESETS, ROWS
@@ -419,3 +419,14 @@ def test_a_process_gets_the_gpu_of_its_slot(tmp_path: Path, monkeypatch: pytest.
     with open(tmp_path / "lock", "a") as lock:
         execute._run([], tmp_path / "log", "title", execute.Slot(1, lock.fileno()))
     assert (tmp_path / "log").read_text() == "gpu 7\n"
+
+
+def test_a_copy_without_git_takes_its_commit_from_whoever_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "pasnet" / "provenance.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("PASNET_COMMIT", raising=False)
+    assert provenance.commit() == "unknown"
+    monkeypatch.setenv("PASNET_COMMIT", "abc1234")
+    assert provenance.commit() == "abc1234"
