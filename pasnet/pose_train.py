@@ -31,6 +31,7 @@ from torch import Tensor
 from pasnet import weights
 from pasnet.config import ConfigError, DataConfig, PoseTrainConfig, digest, to_dict
 from pasnet.data import ShardSet, View, centre, open_shards, train_view
+from pasnet.evaluate import set_precision
 from pasnet.machine import hardware
 from pasnet.models.openpose import MAPS, BodyNet, stage_layers
 from pasnet.registry import OPENPOSE
@@ -168,7 +169,7 @@ class Frames:
 
 
 def train_pose(config: PoseTrainConfig, shards_folder: Path, joints: Path, out: Path) -> dict[str, Any]:
-    """Trains the pose network, on a GPU where there is one, and returns its quality (see `quality`), also in
+    """Trains the pose network, on a GPU (in TF32) where there is one, and returns its quality (see `quality`), also in
     quality.json; nothing is done twice.
 
     Raises ConfigError and ShardError before the first step, ConfigError when `out` holds a run with other settings or
@@ -187,6 +188,7 @@ def train_pose(config: PoseTrainConfig, shards_folder: Path, joints: Path, out: 
         for branch in MAPS:
             torch.nn.init.normal_(net.get_parameter(f"{stage_layers(stage, branch)[-1][0]}.weight"), std=0.01)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    set_precision(precision := "tf32" if device.type == "cuda" else "fp32")
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in models/pasnet.py
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
     step, losses, seconds = 0, [], 0.0
@@ -247,6 +249,7 @@ def train_pose(config: PoseTrainConfig, shards_folder: Path, joints: Path, out: 
         "losses": losses,  # means over config.checkpoint_steps steps, all stages and branches together
         "seconds": seconds,
         "device": hardware(),
+        "precision": precision,
     }
     weights.write(
         out / WEIGHTS,

@@ -204,9 +204,9 @@ class TemporalNet(nn.Module):
 
 
 class _Conv3d(nn.Conv3d):
-    """3x3x3, padded by one. In bf16 on a CPU the zeros around two maps in time are put by hand: padding by itself oneDNN
-    (torch 2.13, AVX-512 BF16) returns, as the gradient of the weights, memory that nobody has written. It does so for
-    that length alone, and res5 has it at K = 8.
+    """3x3x3, padded by one. In bf16 on a CPU the zeros around two maps in time are put by hand: padding by itself
+    oneDNN (torch 2.13, AVX-512 BF16) returns, as the gradient of the weights, memory that nobody has written. It does
+    so for that length alone, and res5 has it at K = 8.
     """
 
     def forward(self, x: Tensor) -> Tensor:
