@@ -595,7 +595,8 @@ def networks(of: Sequence[Result]) -> Iterator[str]:
         "`python -m benchmarks models` runs PAS-Net, ECO-Lite and I3D on random clips, with random weights.",
         "*Reference* is the plain form: module by module, fp32, eager, maps in torch's usual order. The other forms",
         "are those that `pasnet.models.fast` gives for inference (of I3D: channels last, and autocast), and in",
-        "training what `pasnet train` runs. They alternate in a new order every round, and a ratio is one of samples",
+        "training what `pasnet train` runs (of bf16 on a GPU: `pasnet.models.hopper`'s convolutions, or torch.compile",
+        "without them). They alternate in a new order every round, and a ratio is one of samples",
         "of the same round. *Utilisation*, in brackets, is the share of the machine's own rate of large matrix",
         "products in that precision; Fourier tiles leave out multiplications that the count includes, so that it can",
         "be above 100 %. Memory is the peak above what was there before on a CPU, and all that was allocated on a GPU.",
@@ -611,6 +612,8 @@ def networks(of: Sequence[Result]) -> Iterator[str]:
             f"{' to '.join(map(str, content['load_before_and_after']))}. {samples(result)} Matrix products, 10^9",
             f"multiply-adds per second: {series(rates)}.",
         )
+        if remark := content.get("remark"):
+            yield prose(remark)
         for title, name in (("forward", "forward, clips/s"), ("training", "forward and backward, clips/s")):
             yield pivot(result, title, name, functools.partial(rate_of, content=content))
             yield pivot(result, title, f"{title}, peak MB", lambda row: f"{row['peak_mb']:,.0f}")
@@ -621,13 +624,14 @@ def networks(of: Sequence[Result]) -> Iterator[str]:
         styles = rows(result, "styles")
         cases = list(dict.fromkeys((row["form"], row["width"]) for row in styles))
         faster = {(row["style"], row["form"], row["width"]): row["times_faster"] for row in styles}
-        yield table(
-            ("times as fast as the reference", *(f"{form}, width {width:g}" for form, width in cases)),
-            [
+        if styles:
+            lines = [
                 (f"`{style}`", *(number(faster.get((style, *case))) for case in cases))
                 for style in dict.fromkeys(row["style"] for row in styles)
-            ],
-        )
+            ]
+            yield table(
+                ("times as fast as the reference", *(f"{form}, width {width:g}" for form, width in cases)), lines
+            )
         errors = [
             (
                 f"`{row['network']}`, {row['what']}, {row['form']}",

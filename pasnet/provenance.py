@@ -9,8 +9,10 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """The commit of the code, "+" when there are uncommitted changes; outside a checkout what PASNET_COMMIT says, such
-    as on a machine that got a copy of one, else "unknown"."""
+    """The commit of the code, "+" when there are uncommitted changes, "unknown" outside a checkout; or what
+    PASNET_COMMIT says, for a machine that got a copy of the code (and may keep it in a repository of its own)."""
+    if said := os.environ.get("PASNET_COMMIT"):
+        return said
     here = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
@@ -19,7 +21,7 @@ def commit() -> str:
     try:
         return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain").strip() else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("PASNET_COMMIT") or "unknown"
+        return "unknown"
 
 
 def versions() -> dict[str, str]:

@@ -144,8 +144,8 @@ def _train(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device)
     if device.type == "cuda" and config.precision in ("bf16", "fp16"):
-        for_tensor_cores(model)
-        # cuDNN's own choice for the gradients makes a step 1.7 times as long; trying takes seconds for a shape of batch
+        for_tensor_cores(model, config.compile)
+        # its own choice for the gradients can make a step 1.7 times as long; trying takes seconds for a shape of batch
         torch.backends.cudnn.benchmark = True
     if model.pose is not None:
         model.pose.checkpoint = optim.checkpoint_pose

@@ -213,7 +213,8 @@ def test_input_is_rgb_scaled_to_plus_minus_one() -> None:
 def test_batch_norm_shifts_without_a_scale() -> None:
     net = network()
     bn = net.Conv3d_2b_1x1.bn
-    assert (bn.eps, bn.momentum, bn.weight) == (1e-3, 0.001, None)
+    assert (bn.eps, bn.momentum) == (1e-3, 0.001)
+    assert [name for name, _ in bn.named_parameters()] == ["bias"] and "weight" not in bn.state_dict()
     assert network(bn_momentum=0.1).Mixed_5c.get_submodule("Branch_0.Conv3d_0a_1x1.bn").momentum == 0.1
     x = torch.randn(2, 4, 3, 5, 5)
     with torch.no_grad():

@@ -55,7 +55,9 @@ class _ShiftNorm(nn.BatchNorm3d):
 
     def __init__(self, channels: int, momentum: float) -> None:
         super().__init__(channels, eps=1e-3, momentum=momentum)
-        self.register_parameter("weight", None)
+        del self.weight
+        # not None: on a GPU torch 2.11 has no backward pass for a shift without a scale
+        self.register_buffer("weight", torch.ones(channels), persistent=False)
 
     def reset_parameters(self) -> None:
         self.reset_running_stats()

@@ -142,15 +142,16 @@ def build(config: ModelConfig) -> PASNet:
     return net
 
 
-def for_tensor_cores(net: PASNet) -> PASNet:
+def for_tensor_cores(net: PASNet, compiled: bool = False) -> PASNet:
     """Lays `net` out, in place, for training in 16 bits on the GPU that it is on: all maps channels-last, the pose
-    network `merged` and, on Hopper, `turned`."""
+    network `merged` and, on Hopper, `turned`; not if it is to be `compiled`, where the operators that this calls, each
+    through Python, cost more than they save (docs/performance.md)."""
     for part in (net.appearance, net.pose, net.fusion):
         if part is not None:
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     net.temporal.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     if net.pose is not None:
-        net.pose.merged, net.pose.turned = True, is_hopper(net.head.weight.device)
+        net.pose.merged, net.pose.turned = True, not compiled and is_hopper(net.head.weight.device)
     return net
 
 
