@@ -416,6 +416,8 @@ def _gmacs(config: TrainConfig) -> float:
 
 def _form(config: TrainConfig) -> str:
     """As the benchmarks name it."""
+    if config.compile:
+        return f"{config.precision}, compiled"
     if not config.model.needs_pose:
         return config.precision
     extra = ", freeze_pose" if config.optim.freeze_pose else ", checkpoint_pose" if config.optim.checkpoint_pose else ""
