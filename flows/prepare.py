@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from prefect import task
 from prefect.artifacts import create_table_artifact
@@ -42,10 +44,16 @@ def pack(plan: ShardPlan, folder: Path, settings: DecodeSettings) -> int:
 
 
 @task(task_run_name="index {dataset.name}", cache_policy=NO_CACHE)
-def index(dataset: Dataset, plans: tuple[ShardPlan, ...], folder: Path, settings: DecodeSettings) -> Shards:
+def index(
+    dataset: Dataset,
+    plans: tuple[ShardPlan, ...],
+    folder: Path,
+    settings: DecodeSettings,
+    known: Mapping[str, dict[str, Any]],
+) -> Shards:
     """Closes the folder: index, failures, manifest. The failures are shown as a Prefect artifact too."""
     try:
-        shards.finish(dataset, plans, folder, settings, max_failed=MAX_FAILED)
+        shards.finish(dataset, plans, folder, settings, max_failed=MAX_FAILED, known=known)
     finally:
         rows = shards.failures(folder)
         if rows:
@@ -63,7 +71,8 @@ def prepare(study: Study, dataset: Dataset, workers: int) -> Shards:
         check_owner(dataset, folder)
         plans = shards.plan(dataset, settings)
         write_notes(dataset, plans, folder, settings, max_failed=MAX_FAILED)
-        todo = [plan for plan in plans if finished_part(plan, folder) is None]
+        known = {plan.name: part for plan in plans if (part := finished_part(plan, folder)) is not None}
+        todo = [plan for plan in plans if plan.name not in known]
         check_space(dataset, settings, folder, len(todo) / len(plans))
         packed = Gauge(f"{dataset.name}: shards packed")
         packing: list[PrefectFuture[int]] = []
@@ -80,7 +89,7 @@ def prepare(study: Study, dataset: Dataset, workers: int) -> Shards:
             for future in packing:
                 future.wait()  # the folder stays locked while a task writes into it
         # quoted: Prefect looks for tasks' results in all that a task is given, and 13,320 videos are much to look at
-        done = index(quote(dataset), quote(plans), folder, settings)
+        done = index(quote(dataset), quote(plans), folder, settings, quote(known))
         packed(100)
     rate = done.videos / max(time.perf_counter() - started, 1e-9)
     print(

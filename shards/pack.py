@@ -334,9 +334,17 @@ def _name_of(video: Video) -> str:
 
 
 def finish(
-    dataset: Dataset, plans: Sequence[ShardPlan], out: Path, settings: DecodeSettings, *, max_failed: float = 0.01
+    dataset: Dataset,
+    plans: Sequence[ShardPlan],
+    out: Path,
+    settings: DecodeSettings,
+    *,
+    max_failed: float = 0.01,
+    known: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Writes index.parquet, failures.parquet and manifest.json; returns the manifest.
+
+    `known`: what `finished_part` has said of shards, by name, since the folder was locked; those are not read again.
 
     Shards of an earlier plan are removed, so that a reader of `shard-*.tar` sees each video once. Raises BuildError if
     a planned shard is not there, or if more than `max_failed` of the videos (a share, 0 to 1; above 0, one video
@@ -345,7 +353,7 @@ def finish(
     out = Path(out)
     parts = []
     for shard in plans:
-        part = finished_part(shard, out)
+        part = (known or {}).get(shard.name) or finished_part(shard, out)
         if part is None:
             raise BuildError(f"{out / shard.name}: not built, or not from these videos and settings; build it again")
         told = [row["key"] for row in part["records"]] + [row["video"] for row in part["failures"]]

@@ -75,17 +75,15 @@ def build(
         for shard in plans if retry_failed else ():
             if (read_part(shard.name, out) or {}).get("failures"):
                 (out / "parts" / f"{shard.name}.json").unlink()
-        todo = []
-        for shard in plans:
-            if finished_part(shard, out) is None:
-                todo.append(shard)
-            elif on_video:
-                for video in shard.videos:
-                    on_video(Progress(video=video, frames=0, bytes=0, known=True))
+        known = {shard.name: part for shard in plans if (part := finished_part(shard, out)) is not None}
+        todo = [shard for shard in plans if shard.name not in known]
+        if on_video:
+            for video in (video for shard in plans if shard.name in known for video in shard.videos):
+                on_video(Progress(video=video, frames=0, bytes=0, known=True))
         check_space(dataset, settings, out, len(todo) / len(plans))
         most = forgiven(max_failed, len(dataset.videos))
         build_shards(todo, out, settings, workers=workers, on_video=on_video, max_ruinous=most)
-        return finish(dataset, plans, out, settings, max_failed=max_failed)
+        return finish(dataset, plans, out, settings, max_failed=max_failed, known=known)
 
 
 def build_shards(

@@ -47,6 +47,7 @@ from shards import (
     find_dataset,
     locked,
     open_shards,
+    pack,
     pool,
     repair,
     scan,
@@ -551,6 +552,15 @@ class TestFormat:
         build(dataset, tmp_path, num_shards=8, on_video=lambda progress: touched.append(progress.frames))
         assert len(touched) == 12 and 2 <= sum(frames > 0 for frames in touched) < 12
         assert digest_of(tmp_path) == before
+
+    def test_what_is_finished_is_looked_at_once(
+        self, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dataset, read, original = scan(*find_dataset(videos)), [], pack.read_part
+        manifest = build(dataset, tmp_path, num_shards=8)
+        monkeypatch.setattr(pack, "read_part", lambda name, out: read.append(name) or original(name, out))
+        assert build(dataset, tmp_path, num_shards=8) == manifest
+        assert sorted(read) == [shard["shard"] for shard in manifest["shards"]]
 
     def test_a_half_rebuilt_folder_does_not_open(self, videos: Path, shard_folder: Path, tmp_path: Path) -> None:
         copy = Path(shutil.copytree(shard_folder, tmp_path / "copy"))
