@@ -599,7 +599,8 @@ def networks(of: Sequence[Result]) -> Iterator[str]:
         "without them). They alternate in a new order every round, and a ratio is one of samples",
         "of the same round. *Utilisation*, in brackets, is the share of the machine's own rate of large matrix",
         "products in that precision; Fourier tiles leave out multiplications that the count includes, so that it can",
-        "be above 100 %. Memory is the peak above what was there before on a CPU, and all that was allocated on a GPU.",
+        "be above 100 %. Memory is the peak above what was there before on a CPU, and on a GPU all that was allocated,",
+        "with the weights of the forms that alternate; of a CUDA graph it cannot be said.",
     )
     yield bounds_table(of)
     for result in of:
@@ -616,7 +617,12 @@ def networks(of: Sequence[Result]) -> Iterator[str]:
             yield prose(remark)
         for title, name in (("forward", "forward, clips/s"), ("training", "forward and backward, clips/s")):
             yield pivot(result, title, name, functools.partial(rate_of, content=content))
-            yield pivot(result, title, f"{title}, peak MB", lambda row: f"{row['peak_mb']:,.0f}")
+            yield pivot(
+                result,
+                title,
+                f"{title}, peak MB",
+                lambda row: "–" if row["peak_mb"] is None else f"{row['peak_mb']:,.0f}",
+            )
         missing = {row["network"]: row["not_run"] for title in ("forward", "training")
                    for row in all_rows(result, title) if "not_run" in row} | content["not_run"]  # fmt: skip
         if missing:
@@ -650,7 +656,9 @@ def networks(of: Sequence[Result]) -> Iterator[str]:
 def samples(result: Result) -> str:
     """How many samples a speed is the median of, and how much of the machine others used meanwhile."""
     counts = [len(row["seconds"]) for title in ("forward", "training") for row in rows(result, title)]
-    said = f"A speed is the median of {min(counts)} to {max(counts)} samples." if counts else ""
+    least, most = min(counts, default=0), max(counts, default=0)
+    span = f"{least}" if least == most else f"{least} to {most}"
+    said = f"A speed is the median of {span} samples." if counts else ""
     shares = [f"{100 * x:.1f} % ({name})" for name, x in result.content.get("others_share_of_samples", {}).items()]
     return f"{said} Others used {series(shares)} of the machine during samples." if shares else said
 

@@ -52,10 +52,10 @@ def call(run: Any, arguments: argparse.Namespace) -> int:
         print(f"error: {place}{error.strerror or error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("pasnet", "shards", "flows"):
-            raise
         # a loader process's error comes as text alone
-        name = error.name or str(error).rpartition("No module named ")[2].strip("'\n")
+        name = error.name or str(error).rpartition("No module named ")[2].strip().strip("'")
+        if name.split(".")[0] in ("pasnet", "shards", "flows"):
+            raise
         print(f"error: this needs the package {name}, which is not installed", file=sys.stderr)
         return 1
     except Exception as error:

@@ -49,10 +49,15 @@ __all__ = [
 ]
 
 
-def set_precision(precision: str) -> None:
-    """Makes "fp32" mean fp32 on a GPU: torch's own default lets convolutions round their inputs to TF32."""
+def set_precision(precision: str, *, training: bool = False) -> None:
+    """Makes "fp32" mean fp32 on a GPU: torch's own default lets convolutions round their inputs to TF32.
+
+    For `training` in 16 bits cuDNN tries its kernels on every shape of batch, which takes seconds: its own choice for
+    gradients can be much slower.
+    """
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = training and precision in ("bf16", "fp16")
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

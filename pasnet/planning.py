@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ class Rate:
     num_segments: int
     width: float
     input_size: int
-    form: str  # precision, and "freeze_pose" or "checkpoint_pose"
+    form: str  # precision, then "freeze_pose" or "checkpoint_pose", then "compiled"
     gmacs_per_second: float
     source: str
 
@@ -416,12 +416,8 @@ def _gmacs(config: TrainConfig) -> float:
 
 def _form(config: TrainConfig) -> str:
     """As the benchmarks name it."""
-    if config.compile:
-        return f"{config.precision}, compiled"
-    if not config.model.needs_pose:
-        return config.precision
-    extra = ", freeze_pose" if config.optim.freeze_pose else ", checkpoint_pose" if config.optim.checkpoint_pose else ""
-    return config.precision + extra
+    pose = ", freeze_pose" if config.optim.freeze_pose else ", checkpoint_pose" if config.optim.checkpoint_pose else ""
+    return config.precision + (pose if config.model.needs_pose else "") + (", compiled" if config.compile else "")
 
 
 def _rate(config: TrainConfig, gmacs_per_second: float, source: str) -> Rate:
@@ -454,8 +450,14 @@ def _given(clips_per_second: float) -> Rate:
 
 
 def _nearest(config: TrainConfig, rates: Sequence[Rate]) -> Rate | None:
-    """The measurement to scale from: of the same precision and form, then as like this network as there is."""
+    """The measurement to scale from: of the same precision and form, then as like this network as there is. What
+    compiling gains is not taken over from a network with a pose network to one without; there, as where it was not
+    measured, it is taken to gain nothing."""
     usable = [rate for rate in rates if rate.form in ("", _form(config))]
+    if config.compile:
+        usable = [rate for rate in usable if rate.needs_pose == config.model.needs_pose]
+        if not usable:
+            return _nearest(replace(config, compile=False), rates)
 
     def distance(rate: Rate) -> tuple[Any, ...]:
         sizes = ((rate.width, config.model.width), (rate.input_size, config.data.input_size))

@@ -188,7 +188,8 @@ def train_pose(config: PoseTrainConfig, shards_folder: Path, joints: Path, out: 
         for branch in MAPS:
             torch.nn.init.normal_(net.get_parameter(f"{stage_layers(stage, branch)[-1][0]}.weight"), std=0.01)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    set_precision(precision := "tf32" if device.type == "cuda" else "fp32")
+    precision = "tf32" if device.type == "cuda" else "fp32"
+    set_precision(precision)
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in models/pasnet.py
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
     step, losses, seconds = 0, [], 0.0

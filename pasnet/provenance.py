@@ -9,10 +9,11 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """The commit of the code, "+" when there are uncommitted changes, "unknown" outside a checkout; or what
-    PASNET_COMMIT says, for a machine that got a copy of the code (and may keep it in a repository of its own)."""
+    """The commit of the code, "+" when there are uncommitted changes, "unknown" outside a checkout; or, with its name
+    behind it, what PASNET_COMMIT says, for a machine that got a copy of the code and keeps it in a repository of its
+    own, or in none."""
     if said := os.environ.get("PASNET_COMMIT"):
-        return said
+        return f"{said} (PASNET_COMMIT)"
     here = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:

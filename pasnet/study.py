@@ -142,7 +142,10 @@ class Study:
                 raise ConfigError(f"{name} is set by the study itself; use its own parameter")
             if name == "data.num_segments":
                 raise ConfigError("set K with num_segments, not with data.num_segments")
-        _ = self.pose_config
+        asked = [name for name in self.overrides if name.startswith(POSE)]
+        if asked and not (self.d0 and self.needs_pose_weights):
+            raise ConfigError(f"{asked[0]}: this study trains no pose network of its own")
+        self.pose_config  # noqa: B018  raises for an override that is none
         for row in self.rows:  # every config that will be made, at the sizes that it will have
             for training in in_order(self.at_k(trainings_of(row, row.dataset, self.source(row, "-")))):
                 self.config_of(training, num_classes=2, shards="-", split=1, seed=0, parent="")

@@ -17,6 +17,7 @@ Uses MlflowClient with explicit run ids, since the fluent API's active run is pe
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import sys
@@ -43,6 +44,7 @@ OFF = "off"  # instead of an address: no tracking
 # Seconds for which a training that has ended waits for its sender. A server may be away for ever. SQLite is this
 # machine's own disk, where only the first use of a file takes long (6 to 12 s, making its tables).
 PATIENCE, PATIENCE_SQLITE = 4.0, 30.0
+MAKING = 300.0  # seconds for which another process may make a SQLite file's tables
 RETRY = 5.0  # seconds, doubled with each failure in a row up to 5 minutes
 MAX_PARAM = 6000  # characters; MLflow's limit
 
@@ -86,22 +88,33 @@ def _make_tables(path: Path) -> None:
     MLflow itself makes them in place by its migrations, without a lock: two trainings that start together, or
     one that is killed meanwhile, leave a file that it can never open again ("_alembic_tmp_experiments already exists").
     """
-    if path.exists():
+    path = path.resolve()
+    if _has_content(path):
         return
     import mlflow.store.tracking.sqlalchemy_store as sqlalchemy_store
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f"{path.name}.lock")):
-        if path.exists():  # another process was first
-            return
-        for left in path.parent.glob(f"{path.name}.new-*"):  # of a process that was killed
-            left.unlink()
-        new = path.with_name(f"{path.name}.new-{time.monotonic_ns()}")  # MLflow keeps connections by name
-        artifacts = (path.absolute().parent / "mlartifacts").as_uri()
-        store = sqlalchemy_store.SqlAlchemyStore(f"sqlite:///{new}", artifacts)
-        store.engine.dispose()
-        new.replace(path)
+    lock = path.with_name(f"{path.name}.lock")
+    try:
+        with FileLock(lock, timeout=MAKING):
+            if _has_content(path):  # another process was first
+                return
+            for left in path.parent.glob(f"{glob.escape(path.name)}.new-*"):  # of a process that was killed
+                left.unlink()
+            new = path.with_name(f"{path.name}.new-{time.monotonic_ns()}")  # MLflow keeps connections by name
+            store = sqlalchemy_store.SqlAlchemyStore(f"sqlite:///{new}", (path.parent / "mlartifacts").as_uri())
+            store.engine.dispose()
+            if _has_content(path):  # of a program that knows nothing of the lock, such as MLflow's own server
+                new.unlink()
+            else:
+                new.replace(path)
+    except Timeout as error:
+        raise TrackingError(f"{lock}: another process has made {path.name} for {MAKING:g} s; end it") from error
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def prepare() -> None:

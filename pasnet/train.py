@@ -79,7 +79,7 @@ def _train(
     stack: ExitStack,
 ) -> dict[str, Any]:
     optim, device = config.optim, team.device
-    set_precision(config.precision)
+    set_precision(config.precision, training=True)
     shards = open_shards(Path(config.data.shards))
     if config.model.num_classes != len(shards.class_names):
         raise ConfigError(f"model.num_classes is {config.model.num_classes}, the shards have {len(shards.class_names)}")
@@ -145,8 +145,6 @@ def _train(
     model.to(device)
     if device.type == "cuda" and config.precision in ("bf16", "fp16"):
         for_tensor_cores(model, config.compile)
-        # its own choice for the gradients can make a step 1.7 times as long; trying takes seconds for a shape of batch
-        torch.backends.cudnn.benchmark = True
     if model.pose is not None:
         model.pose.checkpoint = optim.checkpoint_pose
         if optim.freeze_pose:

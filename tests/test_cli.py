@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flows.__main__ import main as flows_main
+from pasnet import cli
 from pasnet.cli import main
 from pasnet.config import PoseTrainConfig
 from pasnet.execute import run_pose_training
@@ -247,3 +249,29 @@ def test_a_pose_network_is_trained_as_the_study_asks(videos: Path, shard_folder:
     job = PoseJob(config=config, shards=str(shard_folder), joints=str(videos / "joints.parquet"), folder=str(tmp_path))
     assert run_pose_training(job)
     assert Path(job.weights).is_file() and not run_pose_training(job)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ModuleNotFoundError("No module named 'av'", name="av"), "needs the package av,"),
+        # what a loader's process leaves of it
+        (
+            ModuleNotFoundError("Caught in DataLoader worker\n  import av\nNo module named 'av'\n"),
+            "needs the package av,",
+        ),
+        (ModuleNotFoundError("Caught in DataLoader worker\nNo module named 'pasnet.gone'\n"), None),
+    ],
+)
+def test_a_package_that_is_not_there_is_named(
+    error: Exception, said: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_list", fail)
+    if said is None:  # a mistake of ours: with its traceback
+        with pytest.raises(ModuleNotFoundError):
+            main(["list"])
+    else:
+        assert main(["list"]) == 1 and said in capsys.readouterr().err

@@ -16,6 +16,7 @@ from pasnet import cli, costing
 from pasnet.config import FUSION_TITLES, FusionConfig, ModelConfig
 from pasnet.experiments import ROWS, select_rows
 from pasnet.models import fast as fast_forms
+from pasnet.models import hopper
 from pasnet.models.cost import cost, kept_bytes
 from pasnet.models.fast import InferencePASNet, for_evaluation, optimised
 from pasnet.models.fourier import FourierConv2d
@@ -68,6 +69,9 @@ def test_merged_convolutions_of_the_pose_network_change_no_number(paf: bool, hea
         assert (of_plain is None) == (of_merged is None)
         if of_plain is not None:
             assert of_plain.shape == of_merged.shape and error(of_merged, of_plain) < 1e-12
+    for of_plain, of_merged in zip(*(net.stages(x) for net in (plain, merged)), strict=True):
+        for ours, exact in zip(of_merged, of_plain, strict=True):
+            assert ours.shape == exact.shape and error(ours, exact) < 1e-12
     for answer in answers:
         sum(maps.square().mean() for maps in answer if maps is not None).backward()
     gradients = [{name: p.grad for name, p in net.named_parameters() if p.grad is not None} for net in (plain, merged)]
@@ -88,17 +92,30 @@ def test_merged_layers_and_checkpoints_go_together() -> None:
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("style", ["A", "A+pool(I)+pool(F)", "Conv(A,E*A)", "A+pool(I)"])
-def test_the_form_for_tensor_cores_agrees(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"style": style} for style in FUSION_TITLES),
+        {"style": "A+pool(I)+pool(F)", "pose_feature": "pre_relu"},
+        {"style": "I", "i_only": "new_res3a"},
+        {"style": "Conv(A,I,F)", "act": "bn_relu", "kernel": 3, "pose_input": "shared"},
+    ],
+)
+def test_the_form_for_tensor_cores_agrees(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_forms, "is_hopper", lambda device: True)
-    net = trained(style)
+    net = trained(**options)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
     found = InferencePASNet(net, "fp32", fourier=False, tensor_cores=True)
     x = clips()
     with torch.inference_mode():
         assert error(found(x), net(x)) < 1e-4
     turned = [module for module in found.modules() if isinstance(module, TurnedConv2d)]
-    assert bool(turned) == (style != "A")
-    assert net.state_dict().keys() == trained(style).state_dict().keys()  # nothing of the source has changed
+    assert bool(turned) == (net.pose is not None)
+    for name, module in found.named_modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.shape[:2] == (module.out_channels, module.in_channels), name
+    after = net.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_a_turned_convolution_is_the_convolution() -> None:
@@ -140,6 +157,18 @@ def test_a_network_with_turned_convolutions_learns_the_same(compiled: bool) -> N
     # biases before a batch norm have none but rounding's
     whole = [torch.cat([of.flatten() for of in each.values()]) for each in gradients]
     assert error(whole[1], whole[0]) < 1e-9
+
+
+def test_a_cpu_has_neither_of_cudnns_ways() -> None:
+    assert not hopper.fuses_relu(torch.device("cpu")) and not hopper.is_hopper(torch.device("cpu"))
+    net = for_tensor_cores(PASNet(ModelConfig(num_classes=5, width=SMALL)))
+    assert net.pose is not None and net.pose.merged and not net.pose.turned
+
+
+def test_under_autocast_a_turned_convolution_has_its_type() -> None:
+    x, weight, bias = torch.rand(1, 8, 9, 9), torch.rand(8, 8, 7, 7), torch.rand(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {conv_same(x, weight, bias, turned).dtype for turned in (True, False)} == {torch.bfloat16}
 
 
 def test_shapes_that_torch_compile_is_told_are_the_true_ones() -> None:

@@ -427,7 +427,7 @@ def shake(net: nn.Module) -> None:
 @pytest.mark.parametrize("k", range(1, 7))
 @pytest.mark.parametrize("stride", [1, 2])
 def test_bf16_gradients_of_3d_convolutions_on_a_cpu(k: int, stride: int) -> None:
-    conv = eco._conv3d(16, 16, stride)
+    conv = eco.Conv3d(16, 16, 3, stride, padding=1)
     x = torch.randn(2, 16, k, 7, 7)
     up = torch.randn_like(conv(x))
     found = []

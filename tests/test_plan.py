@@ -54,6 +54,7 @@ def test_a_benchmark_counts_on_its_own_hardware_and_in_its_own_precision(tmp_pat
         row(TINY[1], "fp32", 5.0),
         row(TINY[1], "fp32", 6.0),
         {**row(TINY[1], "fp32", 1e6), "width": 0.125},  # --quick
+        row(TINY[1], "fp32, compiled", 12.0),
     ]
     content = {
         "hardware": "card",
@@ -64,6 +65,12 @@ def test_a_benchmark_counts_on_its_own_hardware_and_in_its_own_precision(tmp_pat
     eco, pas = plan(study, on="card", benchmarks=tmp_path)["trainings"]
     assert "A, K=8, fp32" in eco["measured_by"] and "A+pool(I)+pool(F), K=8, fp32" in pas["measured_by"]
     assert pas["hours"] == pytest.approx((40 * 9_537 + 41 * 3_783 / 3) / 6 / 3600, rel=1e-3)
+    fast = Study(data=study.data, tables=study.tables, fusions=TINY, overrides={"compile": True})
+    # what compiling gains is a matter of the pose network: ECO's rate stays what was measured of it
+    assert [of["hours"] for of in plan(fast, on="card", benchmarks=tmp_path)["trainings"]] == [
+        eco["hours"],
+        pytest.approx(pas["hours"] / 2, rel=1e-2),
+    ]
     near = Study(data=study.data, tables=study.tables, fusions=("Conv(A,I)",))
     of = plan(near, on="card", benchmarks=tmp_path)["trainings"][-1]
     assert "A+pool(I)+pool(F), K=8" in of["measured_by"]  # the other network with a pose in it, not ECO

@@ -276,6 +276,8 @@ class TestJobs:
         ):
             with pytest.raises(ConfigError, match=said):
                 study(tmp_path, overrides={wrong: 7})
+        with pytest.raises(ConfigError, match=r"pose\.steps: this study trains no pose network of its own"):
+            study(tmp_path, fusions=("A",), overrides={"pose.steps": 7})
 
     def test_a_page_says_where_the_weights_come_from(self, tmp_path: Path) -> None:
         asked = study(tmp_path)

@@ -429,4 +429,4 @@ def test_a_copy_without_git_takes_its_commit_from_whoever_made_it(
     monkeypatch.delenv("PASNET_COMMIT", raising=False)
     assert provenance.commit() == "unknown"
     monkeypatch.setenv("PASNET_COMMIT", "abc1234")
-    assert provenance.commit() == "abc1234"
+    assert provenance.commit() == "abc1234 (PASNET_COMMIT)"

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from mlflow.entities import ViewType
 
 from pasnet import execute, tracking
@@ -235,6 +236,35 @@ class TestWhereItGoes:
             said, complaint = each.communicate()
             assert (said, each.returncode) == ("Default\n", 0), complaint
         assert sorted(file.name for file in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+
+    def test_an_empty_file_gets_tables_and_one_made_meanwhile_is_left(
+        self, tmp_path: Path, tables: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from mlflow.store.tracking import sqlalchemy_store
+
+        path = tmp_path / "a[b]" / "mlflow.db"
+        path.parent.mkdir()
+        path.touch()
+        (path.parent / "mlflow.db.new-1").touch()
+        assert client(f"sqlite:///{path}").search_experiments()[0].name == "Default"
+        assert sorted(file.name for file in path.parent.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+
+        other = tmp_path / "other.db"
+
+        class Slow(sqlalchemy_store.SqlAlchemyStore):  # type: ignore[misc]
+            def __init__(self, *given: Any) -> None:
+                shutil.copy(tables, other)  # a server that the user started
+                super().__init__(*given)
+
+        monkeypatch.setattr(sqlalchemy_store, "SqlAlchemyStore", Slow)
+        before = tables.read_bytes()
+        tracking._make_tables(other)
+        assert other.read_bytes() == before and not list(tmp_path.glob("other.db.new-*"))
+
+    def test_a_lock_that_is_never_free_is_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tracking, "MAKING", 0.1)
+        with FileLock(tmp_path / "mlflow.db.lock"), pytest.raises(TrackingError, match=r"mlflow\.db\.lock: another"):
+            client(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
     def test_off_imports_nothing_and_writes_nothing(self, tmp_path: Path) -> None:
         code = (

@@ -203,21 +203,25 @@ class TemporalNet(nn.Module):
         return x.mean(dim=(2, 3, 4))  # (B,512)
 
 
-class _Conv3d(nn.Conv3d):
-    """3x3x3, padded by one. In bf16 on a CPU the zeros around two maps in time are put by hand: padding by itself
-    oneDNN (torch 2.13, AVX-512 BF16) returns, as the gradient of the weights, memory that nobody has written. It does
-    so for that length alone, and res5 has it at K = 8.
+class Conv3d(nn.Conv3d):
+    """torch's. In bf16 on a CPU the zeros around two maps in time are put by hand: padding by itself, with a kernel of
+    3x3x3 and stride 1, oneDNN (torch 2.13, AVX-512 BF16) returns memory that nobody has written as the gradient of the
+    weights. res5 has two maps at K = 8. (It also fails for maps one pixel high or wide, which come from frames of less
+    than 40 pixels alone.)
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N,C,T,H,W) -> (N,C',T',H',W')."""
         bf16 = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
         if x.shape[2] == 2 and x.device.type == "cpu" and bf16 and torch.is_grad_enabled():
-            return conv3d(pad(x, (0, 0, 0, 0, 1, 1)), self.weight, self.bias, self.stride, (0, 1, 1))
+            before, *across = (int(p) for p in self.padding)
+            x = pad(x, (0, 0, 0, 0, before, before))
+            return conv3d(x, self.weight, self.bias, self.stride, (0, *across), self.dilation, self.groups)
         return super().forward(x)
 
 
 def _conv3d(inputs: int, outputs: int, stride: int = 1) -> nn.Conv3d:
-    return _Conv3d(inputs, outputs, 3, stride, padding=1)
+    return Conv3d(inputs, outputs, 3, stride, padding=1)
 
 
 def _relu(x: Tensor) -> Tensor:

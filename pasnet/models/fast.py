@@ -27,13 +27,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pasnet.models.eco import AppearanceTrunk
 from pasnet.models.fourier import FourierConv2d
-from pasnet.models.hopper import TurnedConv2d, conv_relu, is_hopper, numbers
-from pasnet.models.openpose import MAPS, TRUNK, BodyMaps, BodyNet, padded_first, padded_maps, stage_layers
+from pasnet.models.hopper import TurnedConv2d, conv_relu, fuses_relu, is_hopper, padding_of
+from pasnet.models.openpose import EIGHT, MAPS, TRUNK, BodyMaps, BodyNet, padded_first, padded_maps, stage_layers
 from pasnet.models.pasnet import PASNet
 
 FOURIER_CHANNELS = 64  # below, a direct 7x7 convolution is so short that the transforms do not pay
-
-EIGHT = 8  # channels that tensor cores take at once
 
 FRAMES = 8  # at a time on a CPU: enough rows for the Fourier tiles' matrix products
 
@@ -55,15 +53,15 @@ def optimised(
     device = model.head.weight.device
     if fourier is None:
         fourier = precision == "fp32" and device.type == "cpu"
-    fast = InferencePASNet(model, precision, fourier, precision == "bf16" and device.type == "cuda")
+    fast = InferencePASNet(model, precision, fourier, precision == "bf16" and fuses_relu(device))
     return _compiled(fast, device) if compiled else fast
 
 
 def for_evaluation(model: nn.Module, precision: str, clips: int) -> nn.Module | None:
     """The form of `model` to evaluate `clips` clips with, or None where the plain one, under autocast, is to be used.
 
-    The fast form is taken where it was measured to be faster: on a CPU, and on a GPU in bf16. For a few clips Fourier
-    tiles would take longer to make than they save, as torch.compile would for a test list.
+    The fast form is taken where it was measured to be faster: on CPUs, and in bf16 on an H100 (in fp32 it is not). For
+    a few clips Fourier tiles would take longer to make than they save, as torch.compile would for a test list.
     """
     if not isinstance(model, PASNet):
         return None
@@ -188,7 +186,7 @@ class FastAppearance(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         """(N,3,H,W) -> (N,96w,H/8,W/8); see AppearanceTrunk for the shapes between."""
         if self.tensor_cores:
-            frames = pad(frames, (0, 0, 0, 0, 0, EIGHT - 3))
+            frames = _eight(frames)
         x = max_pool2d(self._run("conv1_7x7_s2", frames), 3, stride=2, ceil_mode=True)
         x = self._run("conv2_3x3", self._run("conv2_3x3_reduce", x))
         x = max_pool2d(x, 3, stride=2, ceil_mode=True)
@@ -213,6 +211,7 @@ class FastBody(BodyNet):
             first = _merge([self.get_submodule(name) for name in firsts])
             if stage > 1 and self.merged:
                 first.weight = nn.Parameter(padded_first(first.weight.detach()))
+                first.in_channels = first.weight.shape[1]
             self.add_module(f"first_{stage}", first)
             for name in firsts:
                 delattr(self, name)
@@ -220,8 +219,11 @@ class FastBody(BodyNet):
             _pad_inputs(self.get_submodule("conv1_1"))
             for stage, branch in ((stage, branch) for stage in range(1, 6) for branch in MAPS):
                 conv = self.get_submodule(stage_layers(stage, branch)[-1][0])
-                weight, bias = conv.get_parameter("weight").detach(), conv.get_parameter("bias").detach()
-                conv.weight, conv.bias = map(nn.Parameter, padded_maps(weight, bias, branch))
+                assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+                conv.weight, conv.bias = map(
+                    nn.Parameter, padded_maps(conv.weight.detach(), conv.bias.detach(), branch)
+                )
+                conv.out_channels = len(conv.weight)
         for name, conv in list(self.named_children()):
             if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (7, 7):
                 continue
@@ -238,7 +240,7 @@ class FastBody(BodyNet):
 
     def _trunk(self, x: Tensor) -> Tensor:
         if self.merged:
-            x = pad(x, (0, 0, 0, 0, 0, EIGHT - 3))
+            x = _eight(x)
         for layer in TRUNK:
             x = max_pool2d(x, 2) if layer is None else self._run(layer[0], x)
         return x
@@ -273,17 +275,24 @@ class FastBody(BodyNet):
 
 
 def _conv_relu(conv: nn.Module, x: Tensor, tensor_cores: bool) -> Tensor:
-    """conv, its bias and ReLU; on tensor cores in one kernel, but for a turned one, which has none."""
-    if tensor_cores and isinstance(conv, nn.Conv2d):
+    """conv, its bias and ReLU; on tensor cores in one kernel, but for a turned one, which has none, and for narrow
+    networks' counts of channels, which cuDNN need not take."""
+    if tensor_cores and isinstance(conv, nn.Conv2d) and not any(count % EIGHT for count in conv.weight.shape[:2]):
         assert conv.bias is not None
-        return conv_relu(x, conv.weight, conv.bias, list(conv.stride), numbers(conv.padding))
+        return conv_relu(x, conv.weight, conv.bias, list(conv.stride), padding_of(conv))
     return relu(conv(x), inplace=True)
+
+
+def _eight(frames: Tensor) -> Tensor:
+    """(N,3,H,W) -> (N,8,H,W), the rest zeros."""
+    return pad(frames, (0, 0, 0, 0, 0, EIGHT - frames.shape[1]))
 
 
 def _pad_inputs(conv: nn.Module) -> None:
     """Makes a convolution of three channels one of eight, whose last five count for nothing."""
-    weight = conv.get_parameter("weight").detach()
-    conv.weight = nn.Parameter(pad(weight, (0, 0, 0, 0, 0, EIGHT - weight.shape[1])))
+    assert isinstance(conv, nn.Conv2d)
+    weight = conv.weight.detach()
+    conv.weight, conv.in_channels = nn.Parameter(pad(weight, (0, 0, 0, 0, 0, EIGHT - weight.shape[1]))), EIGHT
 
 
 def _fold(conv: nn.Module, norm: nn.Module) -> nn.Module:

@@ -1,17 +1,19 @@
-"""cuDNN's convolutions in 16 bits on a GPU, by those of its kernels that are fast.
+"""cuDNN's convolutions in 16 bits on a Hopper GPU, by those of its kernels that are made for it.
 
-cuDNN 9 has no kernel of Hopper's generation for a 7x7 convolution, of which two thirds of PAS-Net's work consist, nor
-for the gradient of its weights; but one for the gradient of its input, and one for that of the weights of kernels of up
-to 32 taps. So a convolution is run as the gradient of another (the transposed convolution with its kernel turned
-round), and the weights' gradient in two parts, four rows of the kernel and three. The same sums: for 128 frames of 128
-channels, 28 x 28, an H100 takes 0.24 instead of 0.33 ms for the one, and about 0.4 instead of 0.6 for the other
-(docs/performance.md has what it is worth). Other kernels and other GPUs are left to cuDNN's choice.
+Two thirds of PAS-Net's work are 7x7 convolutions. For them, and for the gradient of their weights, cuDNN 9.19 on an
+H100 took kernels of the generation before (torch's profiler names them); kernels of Hopper's it took for the gradient
+of their input, and for that of the weights of kernels of up to 32 taps. So a convolution is run here as the gradient of
+another (the transposed convolution with its kernel turned round), and the weights' gradient in two parts, four rows of
+the kernel and three. The same sums. docs/performance.md has training steps with and without this.
 
 All functions take and give channels-last maps. They are operators of torch.library, since torch.compile would lay out
-their results another way, and does not know the first. On a CPU they are the plain convolutions, for tests.
+their results another way, and does not know the first. On a CPU they are the plain convolutions, for tests. None but
+`conv_same` has gradients, and that has no second ones.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +23,50 @@ TAPS = 32  # the most that the fast kernel for the gradient of weights takes
 
 
 def is_hopper(device: torch.device) -> bool:
-    """Whether that is a GPU of compute capability 9 or later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether that is a GPU of compute capability 9, the one that this was measured on."""
+    return _nvidia(device) and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.backends.cudnn.enabled
+
+
+@functools.cache
+def fuses_relu(device: torch.device) -> bool:
+    """Whether `conv_relu` can be used there in bf16.
+
+    It is tried: ATen hands cuDNN the memory of the result, which nobody has written yet, as a summand times 0, and from
+    a kernel that took that literally NaN would come out where NaN was there before.
+    """
+    if not _nvidia(device) or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    generator = torch.Generator(device).manual_seed(0)
+    for inputs, outputs, kernel, stride in ((8, 64, 7, 2), (64, 64, 3, 1), (128, 512, 1, 1), (256, 256, 3, 1)):
+        x, weight, bias = (
+            torch.randn(shape, generator=generator, device=device).to(torch.bfloat16)
+            for shape in ((4, inputs, 28, 28), (outputs, inputs, kernel, kernel), (outputs,))
+        )
+        x, weight = (of.contiguous(memory_format=torch.channels_last) for of in (x, weight))
+        expected = conv2d(x, weight, bias, stride, kernel // 2).relu()
+        poison = torch.full_like(expected, torch.nan)
+        del poison  # and the next that asks for as much memory gets just this
+        try:
+            found = conv_relu(x, weight, bias, [stride, stride], [kernel // 2, kernel // 2])
+        except RuntimeError:  # no such kernel
+            return False
+        if not torch.allclose(found.float(), expected.float(), rtol=0.02, atol=0.02 * expected.abs().max().item()):
+            return False
+    return True
 
 
 def conv_same(x: Tensor, weight: Tensor, bias: Tensor, turned: bool) -> Tensor:
-    """A convolution (N,C,H,W) -> (N,C',H,W) of stride 1 with an odd kernel, with gradients; `turned`: one of more than
-    32 taps by the kernels above. Under autocast like torch's own where x has its type."""
-    if turned and weight.shape[2] * weight.shape[3] > TAPS:
-        return _conv(x, weight.to(x.dtype)) + bias.to(x.dtype)[:, None, None]
-    return conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
+    """A convolution (N,C,H,W) -> (N,C',H,W) of stride 1 with an odd kernel, with gradients, under autocast like torch's
+    own; `turned`: one of more than 32 taps by the kernels above."""
+    if not turned or weight.shape[2] * weight.shape[3] <= TAPS:
+        return conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _conv(x, weight.to(x.dtype)) + bias.to(x.dtype)[:, None, None]
 
 
 class TurnedConv2d(nn.Module):
@@ -39,7 +75,7 @@ class TurnedConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         """`conv`: stride 1, dilation 1, one group."""
         super().__init__()
-        self.padding = [size - 1 - p for size, p in zip(conv.kernel_size, numbers(conv.padding), strict=True)]
+        self.padding = [size - 1 - p for size, p in zip(conv.kernel_size, padding_of(conv), strict=True)]
         self.weight = nn.Parameter(_turn(conv.weight.detach()))
         self.bias = conv.bias
 
@@ -49,10 +85,10 @@ class TurnedConv2d(nn.Module):
         return turned_conv(x, self.weight, self.padding) + self.bias[:, None, None]
 
 
-def numbers(padding: str | tuple[int, ...]) -> list[int]:
-    """The padding of an nn.Conv2d."""
-    assert not isinstance(padding, str)
-    return list(padding)
+def padding_of(conv: nn.Conv2d) -> list[int]:
+    """Its padding as numbers: no "same"."""
+    assert not isinstance(conv.padding, str)
+    return list(conv.padding)
 
 
 @torch.library.custom_op("pasnet::conv_relu", mutates_args=())
@@ -66,7 +102,7 @@ def conv_relu(x: Tensor, weight: Tensor, bias: Tensor, stride: list[int], paddin
 @conv_relu.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, stride: list[int], padding: list[int]) -> Tensor:
     sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
-    return _like(x, len(weight), *((size + 2 * p - kernel) // s + 1 for size, kernel, s, p in sizes))
+    return _maps_like(x, len(weight), *((size + 2 * p - kernel) // s + 1 for size, kernel, s, p in sizes))
 
 
 @torch.library.custom_op("pasnet::turned_conv", mutates_args=())
@@ -78,7 +114,7 @@ def turned_conv(x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
 @turned_conv.register_fake
 def _(x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
     sizes = zip(x.shape[2:], weight.shape[2:], padding, strict=True)
-    return _like(x, weight.shape[1], *(size - 1 - 2 * p + kernel for size, kernel, p in sizes))
+    return _maps_like(x, weight.shape[1], *(size - 1 - 2 * p + kernel for size, kernel, p in sizes))
 
 
 @torch.library.custom_op("pasnet::conv", mutates_args=())
@@ -89,7 +125,7 @@ def _conv(x: Tensor, weight: Tensor) -> Tensor:
 
 @_conv.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
-    return _like(x, len(weight), *x.shape[2:])
+    return _maps_like(x, len(weight), *x.shape[2:])
 
 
 @torch.library.custom_op("pasnet::conv_backward", mutates_args=())
@@ -114,7 +150,7 @@ def _conv_backward(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor,
 
 @_conv_backward.register_fake
 def _(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return _like(x, *x.shape[1:]), _like(weight, *weight.shape[1:])
+    return _maps_like(x, *x.shape[1:]), _maps_like(weight, *weight.shape[1:])
 
 
 def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -138,5 +174,5 @@ def _margins(weight: Tensor) -> list[int]:
     return [size // 2 for size in weight.shape[2:]]
 
 
-def _like(x: Tensor, *shape: int) -> Tensor:
+def _maps_like(x: Tensor, *shape: int) -> Tensor:
     return torch.empty((len(x), *shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool3d, max_pool3d, pad, relu
 
-from pasnet.models.eco import init_weights, scaled
+from pasnet.models.eco import Conv3d, init_weights, scaled
 
 Triple = tuple[int, int, int]
 
@@ -72,7 +72,7 @@ class _Unit(nn.Module):
         self.strided = stride > 1
         # Without a stride SAME is symmetric, and the convolution pads without a copy.
         padding = 0 if self.strided else kernel // 2
-        self.conv = nn.Conv3d(inputs, outputs, kernel, stride, padding, bias=False)
+        self.conv = Conv3d(inputs, outputs, kernel, stride, padding, bias=False)
         self.bn = _ShiftNorm(outputs, momentum)
 
     def forward(self, x: Tensor) -> Tensor:

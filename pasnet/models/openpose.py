@@ -44,7 +44,8 @@ TRUNK: tuple[tuple[str, int] | None, ...] = (
     ("conv4_1", 512), ("conv4_2", 512), ("conv4_3_CPM", 256), ("conv4_4_CPM", 128),
 )  # fmt: skip
 MAPS = {"L1": 38, "L2": 19}  # x and y of 19 limbs; 18 keypoints and, as channel 18, the background
-PADDED = {"L1": 40, "L2": 24}  # the same with channels of zeros
+EIGHT = 8  # channels that tensor cores take at once
+PADDED = {branch: -(-maps // EIGHT) * EIGHT for branch, maps in MAPS.items()}  # with channels of zeros: 40 and 24
 
 
 def stage_layers(stage: int, branch: str) -> list[tuple[str, int, int]]:
@@ -183,7 +184,7 @@ class BodyNet(nn.Module):
         if not self.merged:
             return tuple(relu(self._conv(name, x), inplace=True) for name in names)
         weight, bias = (torch.cat([self.get_parameter(f"{name}.{of}") for name in names]) for of in ("weight", "bias"))
-        if weight.shape[1] != x.shape[1]:
+        if stage > 1:
             weight = padded_first(weight)
         weight = weight.contiguous(memory_format=torch.channels_last)
         both = relu(conv_same(x, weight, bias, self.turned), inplace=True)
@@ -224,7 +225,7 @@ class BodyNet(nn.Module):
         found = []
         for stage in range(1, 7):
             hidden = zip(MAPS, self._hidden(stage, tuple(MAPS), x), strict=True)
-            pafs, heat = (self._maps(stage, branch, relu(y)) for branch, y in hidden)
-            found.append((pafs, heat))
+            pafs, heat = (self._maps(stage, branch, relu(y), self.merged) for branch, y in hidden)
+            found.append((pafs[:, : MAPS["L1"]], heat[:, : MAPS["L2"]]))
             x = torch.cat([pafs, heat, trunk], dim=1)
         return found

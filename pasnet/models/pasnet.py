@@ -144,8 +144,8 @@ def build(config: ModelConfig) -> PASNet:
 
 def for_tensor_cores(net: PASNet, compiled: bool = False) -> PASNet:
     """Lays `net` out, in place, for training in 16 bits on the GPU that it is on: all maps channels-last, the pose
-    network `merged` and, on Hopper, `turned`; not if it is to be `compiled`, where the operators that this calls, each
-    through Python, cost more than they save (docs/performance.md)."""
+    network `merged` and, on Hopper, `turned`; not if it is to be `compiled`: whether the two go together is open, the
+    one measurement was not warm (docs/performance.md)."""
     for part in (net.appearance, net.pose, net.fusion):
         if part is not None:
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
