@@ -190,8 +190,8 @@ def test_shards_that_are_finished_cost_no_task(
         submitted.append(plan.unquote().name)
         return Ended(packing(plan.unquote(), folder, settings))
 
-    def index(dataset: Any, plans: Any, folder: Path, settings: Any) -> Shards:
-        return indexing(dataset.unquote(), plans.unquote(), folder, settings)
+    def index(dataset: Any, plans: Any, folder: Path, settings: Any, known: Any) -> Shards:
+        return indexing(dataset.unquote(), plans.unquote(), folder, settings, known.unquote())
 
     monkeypatch.setattr(prepare_module, "pack", SimpleNamespace(submit=submit))
     monkeypatch.setattr(prepare_module, "index", index)
