@@ -201,6 +201,7 @@ class Bench:
         if self.gpu:
             content["cudnn"] = torch.backends.cudnn.version()
         tables = content["tables"]
+        self.matmul_rates()  # and after every table: the best counts
         for title, table in (
             ("agreement", lambda: self.agreement()["tables"]["agreement"]),
             ("training", self.training),
@@ -208,7 +209,6 @@ class Bench:
             ("styles", self.styles),
             ("memory", self.memory),
         ):
-            self.matmul_rates()
             tables[title] = table()
             if title == "forward":
                 tables["agreement"] += self.also
