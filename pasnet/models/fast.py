@@ -28,7 +28,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from pasnet.models.eco import AppearanceTrunk
 from pasnet.models.fourier import FourierConv2d
 from pasnet.models.hopper import TurnedConv2d, conv_relu, fuses_relu, is_hopper, padding_of
-from pasnet.models.openpose import EIGHT, MAPS, TRUNK, BodyMaps, BodyNet, padded_first, padded_maps, stage_layers
+from pasnet.models.openpose import EIGHT, MAPS, BodyMaps, BodyNet, padded_first, padded_maps, stage_layers
 from pasnet.models.pasnet import PASNet
 
 FOURIER_CHANNELS = 64  # below, a direct 7x7 convolution is so short that the transforms do not pay
@@ -239,11 +239,7 @@ class FastBody(BodyNet):
         return _conv_relu(self.get_submodule(name), x, self.merged)
 
     def _trunk(self, x: Tensor) -> Tensor:
-        if self.merged:
-            x = _eight(x)
-        for layer in TRUNK:
-            x = max_pool2d(x, 2) if layer is None else self._run(layer[0], x)
-        return x
+        return super()._trunk(_eight(x) if self.merged else x)
 
     def _both(self, stage: int, x: Tensor, after_relu: bool) -> dict[str, Tensor]:
         """Both branches of a stage up to the convolution before its maps, after its ReLU or before."""

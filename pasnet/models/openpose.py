@@ -140,6 +140,9 @@ class BodyNet(nn.Module):
             return conv_same(x, weight, bias, self.turned)
         return self.get_submodule(name)(x)
 
+    def _run(self, name: str, x: Tensor) -> Tensor:
+        return relu(self._conv(name, x), inplace=True)
+
     def _part(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """function(*inputs), in training with `checkpoint` without keeping what it computes on the way."""
         learns = self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
@@ -153,7 +156,7 @@ class BodyNet(nn.Module):
 
         def part(x: Tensor, start: int, stop: int) -> Tensor:
             for layer in TRUNK[start:stop]:
-                x = max_pool2d(x, 2) if layer is None else relu(self._conv(layer[0], x), inplace=True)
+                x = max_pool2d(x, 2) if layer is None else self._run(layer[0], x)
             return x
 
         start = 0
@@ -174,7 +177,7 @@ class BodyNet(nn.Module):
         for branch, y in zip(branches, self._first(stage, branches, x), strict=True):
             _, *between, (last, _, _), _ = stage_layers(stage, branch)
             for name, _, _ in between:
-                y = relu(self._conv(name, y), inplace=True)
+                y = self._run(name, y)
             found.append(self._conv(last, y))
         return found
 
@@ -182,7 +185,7 @@ class BodyNet(nn.Module):
         """The first convolution of each branch, after ReLU."""
         names = [stage_layers(stage, branch)[0][0] for branch in branches]
         if not self.merged:
-            return tuple(relu(self._conv(name, x), inplace=True) for name in names)
+            return tuple(self._run(name, x) for name in names)
         weight, bias = (torch.cat([self.get_parameter(f"{name}.{of}") for name in names]) for of in ("weight", "bias"))
         if stage > 1:
             weight = padded_first(weight)
