@@ -33,7 +33,7 @@ from pasnet.data import Batch, Loader, ShardSet, lacking, open_shards
 from pasnet.distributed import Processes, StoppedError, processes, stop_signal, without_averaging
 from pasnet.evaluate import Source, Unfinished, autocast, metrics, predict, set_precision, write_evaluation
 from pasnet.machine import hardware
-from pasnet.models.pasnet import PASNet, build, for_tensor_cores, parameter_groups
+from pasnet.models.pasnet import PASNet, build, compiled, for_tensor_cores, parameter_groups
 from pasnet.progress import EpochBar
 from pasnet.provenance import commit, versions
 from pasnet.weights import WeightsError
@@ -144,7 +144,7 @@ def _train(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device)
     if device.type == "cuda" and config.precision in ("bf16", "fp16"):
-        for_tensor_cores(model, config.compile)
+        for_tensor_cores(model)
     if model.pose is not None:
         model.pose.checkpoint = optim.checkpoint_pose
         if optim.freeze_pose:
@@ -189,7 +189,8 @@ def _train(
             f"{out}: the processes find different states there; it must be on a disk that all of them see"
         )
     wrapped = team.wrap(model)
-    forward: Callable[[Tensor], Tensor] = torch.compile(wrapped) if config.compile else wrapped  # type: ignore[assignment]
+    graphs = config.compile and device.type == "cuda" and team.world == 1  # DDP's hooks are no part of a graph
+    forward = compiled(wrapped, graphs) if config.compile else wrapped
 
     totals = train_loader.totals()
     step_of = [step for step in train_loader.steps() for _ in step]  # of a batch: what its step's batches hold
@@ -273,7 +274,7 @@ def _train(
                         raise _not_finite(closed, title, lr, out, team)
                     scaler.step(optimizer)
                     scaler.update()
-                    optimizer.zero_grad(set_to_none=True)
+                    optimizer.zero_grad(set_to_none=not graphs)
                     tally.batches, tally.seen = number, tally.seen + clips_in_step
                     tally.loss, tally.hits = tally.loss + closed.loss, tally.hits + closed.hits
                     tally.seconds += time.perf_counter() - step.started

@@ -521,7 +521,7 @@ class TestProcesses:
         """bf16, checkpoints of the pose network, accumulation and torch.compile at once, under torchrun."""
         changes = {"precision": "bf16", "optim.checkpoint_pose": True, "optim.micro_batch": 1, "optim.epochs": 1}
         options = replace(config, {**changes, "model.fusion.style": "Conv(A,I,F)"})
-        eager = "import torch\ncompiled = torch.compile\ntorch.compile = lambda of: compiled(of, backend='eager')\n"
+        eager = "import torch\nreal = torch.compile\ntorch.compile = lambda of, **_: real(of, backend='eager')\n"
         (tmp_path / "run.py").write_text(
             f"{eager}import json, pathlib, sys\nfrom pasnet.config import TrainConfig, from_dict\n"
             "from pasnet.train import train\n"

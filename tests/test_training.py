@@ -547,8 +547,8 @@ class TestLoop:
         """Traced by dynamo; what its backend makes of the graph is torch's matter, and wants a compiler."""
         config = replace(config, {"optim.epochs": 1, "model.fusion.style": "A+pool(I)"})
         train(config, tmp_path / "plain")
-        compiled = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda network: compiled(network, backend="eager"))
+        real = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda network, **_: real(network, backend="eager"))
         train(replace(config, {"compile": True}), tmp_path / "compiled")
         plain, traced = weights_of(tmp_path / "plain"), weights_of(tmp_path / "compiled")
         assert plain.keys() == traced.keys()

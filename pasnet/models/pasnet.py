@@ -19,7 +19,7 @@ weights expect BGR / 256 - 0.5, so each trunk here gets the scaling that it was 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
@@ -142,17 +142,36 @@ def build(config: ModelConfig) -> PASNet:
     return net
 
 
-def for_tensor_cores(net: PASNet, compiled: bool = False) -> PASNet:
+def for_tensor_cores(net: PASNet) -> PASNet:
     """Lays `net` out, in place, for training in 16 bits on the GPU that it is on: all maps channels-last, the pose
-    network `merged` and, on Hopper, `turned`; not if it is to be `compiled`: whether the two go together is open, the
-    one measurement was not warm (docs/performance.md)."""
+    network `merged` and, on Hopper, `turned`."""
     for part in (net.appearance, net.pose, net.fusion):
         if part is not None:
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     net.temporal.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     if net.pose is not None:
-        net.pose.merged, net.pose.turned = True, not compiled and is_hopper(net.head.weight.device)
+        net.pose.merged, net.pose.turned = True, is_hopper(net.head.weight.device)
     return net
+
+
+def compiled(net: nn.Module, graphs: bool) -> Callable[[Tensor], Tensor]:
+    """A forward pass for training through torch.compile, which works anew for every shape of batch.
+
+    `graphs`: on a GPU, forward and backward pass are recorded as CUDA graphs and replayed. What a pass gives lies in
+    memory that the next one overwrites, and gradients do, too, where nothing is there to add them to. So all parameters
+    that learn get gradients of 0 here; set them to 0 between steps, never to None.
+    """
+    if not graphs:
+        return torch.compile(net, dynamic=False)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    recorded = torch.compile(net, dynamic=False, mode="reduce-overhead")
+
+    def forward(clips: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return recorded(clips)
+
+    return forward
 
 
 def parameter_groups(
