@@ -2,6 +2,7 @@
 
 `python -m benchmarks models ...` is benchmarks/model_speed.py, the networks; that file runs alone, too.
 `python -m benchmarks page` writes docs/performance.md from the JSON that is there.
+`python -m benchmarks.timed_study ...` is no measurement: a study, as far as a given time allows.
 
 Peers need benchmarks/requirements.txt; those that are not installed are listed as not run. Without --data the videos
 are generated. "study" and "again" are not among "all": they are the product as it is installed, Prefect and MLflow

@@ -595,12 +595,12 @@ def networks(of: Sequence[Result]) -> Iterator[str]:
         "`python -m benchmarks models` runs PAS-Net, ECO-Lite and I3D on random clips, with random weights.",
         "*Reference* is the plain form: module by module, fp32, eager, maps in torch's usual order. The other forms",
         "are those that `pasnet.models.fast` gives for inference (of I3D: channels last, and autocast), and in",
-        "training what `pasnet train` runs (of bf16 on a GPU: `pasnet.models.hopper`'s convolutions, or torch.compile",
-        "without them). They alternate in a new order every round, and a ratio is one of samples",
-        "of the same round. *Utilisation*, in brackets, is the share of the machine's own rate of large matrix",
-        "products in that precision; Fourier tiles leave out multiplications that the count includes, so that it can",
-        "be above 100 %. Memory is the peak above what was there before on a CPU, and on a GPU all that was allocated,",
-        "with the weights of the forms that alternate; of a CUDA graph it cannot be said.",
+        "training what `pasnet train` runs (of bf16 on a GPU of Hopper's generation: with `pasnet.models.hopper`'s",
+        "convolutions, but for *not turned*; *compiled*: with CUDA graphs). They alternate in a new order every round,",
+        "and a ratio is one of samples of the same round. *Utilisation*, in brackets, is the share of the machine's",
+        "own rate of large matrix products in that precision; Fourier tiles leave out multiplications that the count",
+        "includes, so that it can be above 100 %. Memory is the peak above what was there before on a CPU, and on a",
+        "GPU all that was allocated, with the weights of the forms that alternate; of a CUDA graph it cannot be said.",
     )
     yield bounds_table(of)
     for result in of:

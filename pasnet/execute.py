@@ -120,6 +120,7 @@ def training_slot(*, first: bool = False) -> Iterator[Slot]:
     """
     base = Path(os.environ.get("PASNET_LOCKS") or tempfile.gettempdir()) / f"pasnet-{os.getuid()}-training"
     place = (0 if first else 1, next(_TICKETS))
+    base.parent.mkdir(parents=True, exist_ok=True)
     try:
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open(f"{base}-{number}.lock", "a")) for number in range(trainings_at_once())]

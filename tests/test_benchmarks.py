@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
+import subprocess
+import sys
+import tarfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +18,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import second_run, study, train_loop
+from benchmarks import second_run, study, timed_study, train_loop
 from benchmarks.harness import RESULTS
 from benchmarks.page import PAGE, prose, render
+from benchmarks.timed_study import OVER, Conductor, Task
 from pasnet import train as training
 from pasnet.config import DataConfig, FusionConfig, ModelConfig, OptimConfig, TrainConfig
 from pasnet.data import Loader, open_shards
+from pasnet.execute import StudyError
 from pasnet.machine import family
 from shards import find_dataset, scan
 
@@ -253,3 +260,68 @@ def test_prefects_tasks_are_counted(tmp_path: Path) -> None:
         connection.execute("create table task_run (name text)")
         connection.executemany("insert into task_run values (?)", [("pack shard-00000.tar",), ("train pose network",)])
     assert study._tasks(tmp_path) == 2 and study._tasks(tmp_path, "pack %") == 1
+
+
+def timed(name: str, rank: int, run: Callable[[], object], *after: str, kind: str = "any") -> Task:
+    return Task(name=name, after=after, kind=kind, rank=(0, rank), run=run)
+
+
+def test_what_is_wanted_most_runs_first_and_a_failure_stops_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PASNET_TRAININGS", "1")
+    ran: list[str] = []
+
+    def fails() -> None:
+        raise StudyError("out of memory")
+
+    tasks = [
+        timed("last", 3, lambda: ran.append("last")),
+        timed("child", 0, lambda: ran.append("child"), "parent"),
+        timed("parent", 2, lambda: ran.append("parent")),
+        timed("orphan", 1, lambda: ran.append("orphan"), "broken"),
+        timed("broken", 1, fails),
+    ]
+    conductor = Conductor(tasks, time.monotonic() + 60)
+    assert conductor.run() == {"broken": "out of memory", "orphan": "out of memory"}
+    assert ran == ["parent", "child", "last"]
+
+
+def test_when_the_time_is_over_what_runs_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PASNET_TRAININGS", "2")
+    stop = threading.Event()
+    monkeypatch.setattr(timed_study, "_stop_all", stop.set)
+
+    def stopped() -> None:
+        assert stop.wait(60)
+        raise StudyError("it was sent SIGTERM")
+
+    ends = time.monotonic() + 1.5
+    tasks = [
+        timed("quick", 0, lambda: time.sleep(0.6), kind="short"),
+        timed("long", 1, stopped, kind="long"),
+        timed("as long as quick", 2, lambda: None, "between", kind="short"),
+        timed("between", 1, lambda: time.sleep(0.5), "quick"),
+        timed("never begun", 3, lambda: None, "long"),
+    ]
+    found = Conductor(tasks, ends).run()
+    assert found == {"long": OVER, "as long as quick": OVER, "never begun": OVER} and stop.is_set()
+
+
+@pytest.mark.slow
+def test_a_study_in_a_given_time(tmp_path: Path) -> None:
+    """On a machine without Prefect and MLflow, as far as Python can tell."""
+    script = "import runpy, sys\n"
+    script += "sys.modules |= dict.fromkeys(('prefect', 'mlflow'))\n"  # to import them fails
+    script += (
+        "sys.argv = ['timed_study', *sys.argv[1:]]\nrunpy.run_module('benchmarks.timed_study', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", script, "--preset", "tiny", "--seconds", "300", "--workers", "2"]
+    command += ["--out", str(tmp_path / "study"), "--tar", str(tmp_path / "study.tar.gz")]
+    environment = os.environ | {"PASNET_TRAININGS": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "study" / "results.json").read_text("utf-8"))["results"]
+    assert [row["status"] for row in results] == ["done", "done"]
+    with tarfile.open(tmp_path / "study.tar.gz") as archive:
+        names = archive.getnames()
+    assert "study/results.json" in names and "study/RESULTS.md" in names
+    assert not [name for name in names if name.endswith((".pt", ".avi", ".tar", ".safetensors"))]
