@@ -2,8 +2,8 @@
 
 For a GPU that is lent for minutes, on a machine without Prefect and MLflow. What it runs is the study's own: videos,
 shards, then trainings and evaluations, several at once (PASNET_TRAININGS), those first that are wanted most. None is
-begun that is not expected to end in time, and at the end those that run are stopped. The page, by `pasnet report` as of
-any study, says of a row without a number that the time was over. Called again with the same folder, it goes on.
+begun that is not expected to end in time, and at the end those that run are stopped. The page, which `pasnet report`
+takes as any study's, lists rows without a number as not run. Called again with the same folder, it goes on.
 """
 
 from __future__ import annotations
@@ -12,27 +12,39 @@ import argparse
 import dataclasses
 import os
 import signal
+import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import shards
-from pasnet.cli import overrides
-from pasnet.execute import run_evaluation, run_pose_training, run_training, trainings_at_once
+from pasnet.cli import call, overrides
+from pasnet.config import ConfigError
+from pasnet.execute import (
+    StudyError,
+    run_evaluation,
+    run_pose_training,
+    run_training,
+    stop_all,
+    trained,
+    trainings_at_once,
+)
+from pasnet.predictions import evaluated
 from pasnet.results import collect, finish
 from pasnet.study import D0_EMBEDDED, EMBEDDED, EMBEDDED_SETS, Job, Shards, Study, jobs, make_synthetic, pose_job
 
 OVER = "the time that was given to the study was over"
 FIRST = ("A", "A+pool(I)+pool(F)", "A+E*A", "Conv(A,I)", "A+pool(I)", "Conv(A,E*A)", "Conv(A,I,F)")  # of twice-finetune
 KEEP = 20  # seconds for the page and the archive
-LARGE = {".pt", ".safetensors", ".tar", ".avi"}  # what the archive is without
+LARGE = {".pt", ".safetensors", ".tar", ".avi", ".tmp"}  # what the archive is without
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the command line, runs the study, prints its rows, and packs it if asked to."""
+    """Reads the command line and runs the study; exit code 1 where something failed for another reason than time."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.timed_study", description=__doc__)
     parser.add_argument("--out", default="runs/timed-study")
     parser.add_argument("--preset", default="science")
@@ -42,9 +54,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="that make videos and shards")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--tar", type=Path, help="archive of the study's folder without weights, videos and frames")
-    asked = parser.parse_args(argv)
-    ends = time.monotonic() + asked.seconds
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        code = call(_study, parser.parse_args(argv))
+    finally:
+        stop_all("the study was stopped", patience=KEEP / 2)
+    sys.exit(code)
+
+
+def _study(asked: argparse.Namespace) -> None:
+    ends = time.monotonic() + asked.seconds - KEEP
     os.environ["PASNET_LOG_MODELS"] = "0"
+    trainings_at_once()  # raises before anything is made
     study = Study(
         out=asked.out,
         preset=asked.preset,
@@ -54,15 +75,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         overrides=overrides(asked.set),
     )
     if study.size.rehearse:
-        parser.error(f"preset {asked.preset} fetches its weights from a server that only the Prefect flow starts")
+        raise ConfigError(f"preset {asked.preset} fetches its weights from a server that only the Prefect flow starts")
+    if asked.tar:
+        asked.tar.parent.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
-    d0, *on = (packed(study, source, asked.workers, seconds) for source in (D0_EMBEDDED, *dict.fromkeys(study.data)))
+    sources = (D0_EMBEDDED, *dict.fromkeys(study.data))
+    d0, *on = (packed(study, source, asked.workers, seconds, ends) for source in sources)
     todo, started = jobs(study, on, d0), time.monotonic()
-    failures = Conductor(tasks(study, todo, d0), ends - KEEP).run()
+    conductor = Conductor(tasks(study, todo, d0), ends, results_there(study, todo, d0))
+    failures = conductor.run()
     seconds["trainings and evaluations"] = round(time.monotonic() - started, 1)
-    # a job of its own dataset has failed where either of its two tasks has
     reasons = {job.folder: reason for job in todo for name in names_of(job) if (reason := failures.get(name))}
     records = collect(study, on, todo, reasons, d0)
+    for record in records:
+        if OVER in record.get("reason", ""):
+            record |= {"status": "not run", "reason": OVER}
     finish(study, [*on, d0], records, seconds, "")
     for row in records:
         number = f"{row['top1']:.2f} %" if row["status"] == "done" else f"{row['status']}: {row['reason']}"
@@ -70,18 +97,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     if asked.tar:
         pack(study.root, asked.tar)
     print(", ".join(f"{name} {value} s" for name, value in seconds.items()))
+    if broken := {name: reason for name, reason in failures.items() if OVER not in reason}:
+        raise StudyError(
+            f"{len(broken)} of {len(conductor.done) + len(failures)} failed; {next(iter(broken.values()))}"
+        )
 
 
-def packed(study: Study, source: str, workers: int, seconds: dict[str, float]) -> Shards:
-    """The shards of a dataset, its videos made first where it is embedded; as flows/prepare.py, without tasks."""
+def packed(study: Study, source: str, workers: int, seconds: dict[str, float], ends: float) -> Shards:
+    """The shards of a dataset, its videos made first where it is embedded; as flows/prepare.py, without tasks.
+
+    Raises StudyError when the time is over: there is nothing to report on yet.
+    """
     started = time.monotonic()
+
+    def in_time(*_: object) -> None:
+        if time.monotonic() > ends:
+            raise StudyError(f"{OVER} before its shards were packed; called again, it goes on")
+
+    in_time()
     embedded = source in (D0_EMBEDDED, *EMBEDDED_SETS)
     root = make_synthetic(study, source, shards.ffmpeg_exe(), workers) if embedded else Path(source)
     dataset = shards.scan(*shards.find_dataset(root))
     if source == D0_EMBEDDED:
         dataset = dataclasses.replace(dataset, name=D0_EMBEDDED)
     folder = study.root / "shards" / dataset.name
-    shards.build(dataset, folder, workers=workers)
+    shards.build(dataset, folder, workers=workers, on_video=in_time)
     seconds[f"videos and shards of {dataset.name}"] = round(time.monotonic() - started, 1)
     return Shards.of(folder)
 
@@ -98,7 +138,7 @@ class Task:
 
 
 def names_of(job: Job) -> tuple[str, ...]:
-    """Of a job's tasks; no row needs D0's test list."""
+    """Of a job's tasks, training and evaluation; no row needs D0's test list."""
     return (job.folder,) if job.training.on == "D0" else (job.folder, f"evaluate {job.folder}")
 
 
@@ -106,68 +146,64 @@ def tasks(study: Study, todo: Sequence[Job], d0: Shards) -> list[Task]:
     """All there is to do: D0 and the pose network first, then a row that is trained before another that is not."""
     found = []
     if pose := pose_job(study, d0):
-        run = lambda: run_pose_training(pose)  # noqa: E731
+        run = partial(run_pose_training, pose)
         found.append(Task(name=pose.folder, after=(), kind="pose", rank=(0, 0), run=run))
     for job in todo:
-        style, twice = job.training.fusion, job.training.strategy in ("eco", "twice-finetune")
-        rank = 0 if job.training.on == "D0" else 2 + (FIRST.index(style) if twice and style in FIRST else len(FIRST))
+        of, optim = job.training, job.config.optim
+        wanted = of.strategy in ("eco", "twice-finetune") and of.fusion in FIRST
+        rank = 0 if of.on == "D0" else 1 + (FIRST.index(of.fusion) if wanted else len(FIRST))
         needs = tuple(folder for folder in (job.parent, job.pose) if folder)
-        kind = f"{'PAS-Net' if job.pose else 'ECO'}, {job.config.optim.epochs} epochs"
+        size = f"{of.dataset}, K = {job.config.data.num_segments}, {'PAS-Net' if job.pose else 'ECO'}"
         train, *evaluate = names_of(job)
-        found.append(
-            Task(name=train, after=needs, kind=kind, rank=(0 if rank == 0 else 2, rank), run=_of(run_training, job))
-        )
+        kind, stage = f"{optim.epochs} epochs of {size}", 0 if of.on == "D0" else 2
+        found.append(Task(name=train, after=needs, kind=kind, rank=(stage, rank), run=partial(run_training, job)))
         for name in evaluate:
-            found.append(
-                Task(name=name, after=(train,), kind="evaluation", rank=(1, rank), run=_of(run_evaluation, job))
-            )
+            run = partial(run_evaluation, job)
+            found.append(Task(name=name, after=(train,), kind=f"evaluation of {size}", rank=(1, rank), run=run))
     return found
 
 
-def _of(function: Callable[[Job], object], job: Job) -> Callable[[], object]:
-    return lambda: function(job)
+def results_there(study: Study, todo: Sequence[Job], d0: Shards) -> set[str]:
+    """The names of the tasks that an earlier call has done."""
+    pose = pose_job(study, d0)
+    found = {job.folder for job in todo if trained(job)} | ({pose.folder} if pose and trained(pose) else set())
+    return found | {f"evaluate {job.folder}" for job in todo if evaluated(Path(job.folder) / "evaluation")}
 
 
 class Conductor:
     """Runs tasks after what they start from, the most wanted of those that can start, until a time."""
 
-    def __init__(self, todo: Sequence[Task], ends: float) -> None:
-        """`ends`: by time.monotonic()."""
-        self.pending, self.ends = sorted(todo, key=lambda task: task.rank), ends
+    def __init__(self, todo: Sequence[Task], ends: float, done: Collection[str] = ()) -> None:
+        """`ends`: by time.monotonic(). `done`: names of those that need not be run."""
+        self.pending = sorted((task for task in todo if task.name not in done), key=lambda task: task.rank)
+        self.ends, self.done = ends, set(done)
         self.changed = threading.Condition()
         self.running: set[str] = set()
-        self.done: set[str] = set()
         self.failures: dict[str, str] = {}
         self.took: dict[str, float] = {}  # the longest, by kind
 
     def run(self) -> dict[str, str]:
         """{name: why not} of the tasks that were not done."""
-        began = time.monotonic()
         with self.changed:
             while (self.pending or self.running) and (left := self.ends - time.monotonic()) > 0:
                 self._begin()
                 self.changed.wait(min(left, 1))
-            for task in self.pending:
-                self.failures[task.name] = OVER
-            stopped, self.pending = set(self.running), []
-            for name in stopped:
-                self.failures[name] = OVER
-        if stopped:
-            _stop_all()
-            with self.changed:
-                self.changed.wait_for(lambda: not self.running, timeout=KEEP / 2)
-        print(f"{len(self.done)} tasks done in {time.monotonic() - began:.0f} s, {len(self.failures)} not", flush=True)
+            over = [*self.running, *(task.name for task in self.pending)]
+            self.failures |= dict.fromkeys(over, OVER)
+            self.pending = []
+        if over:
+            stop_all(OVER, patience=KEEP / 2)  # their threads end with them
         return self.failures
 
     def _begin(self) -> None:
         for task in list(self.pending):
             if lost := next((name for name in task.after if name in self.failures), None):
-                self.failures[task.name] = self.failures[lost]
+                reason = self.failures[lost].removeprefix("not begun, since ")
+                self.failures[task.name] = f"not begun, since {reason}"
                 self.pending.remove(task)
             elif self.done.issuperset(task.after) and len(self.running) < trainings_at_once():
                 self.pending.remove(task)
-                follows = self.took.get("evaluation", 0.0) if task.kind != "evaluation" else 0.0
-                if time.monotonic() + self.took.get(task.kind, 0.0) + follows > self.ends:
+                if time.monotonic() + self.took.get(task.kind, 0.0) > self.ends:
                     self.failures[task.name] = OVER
                 else:
                     self.running.add(task.name)
@@ -182,21 +218,13 @@ class Conductor:
         with self.changed:
             took = time.monotonic() - began
             self.running.discard(task.name)
-            if not reason:
-                self.done.add(task.name)
-                self.failures.pop(task.name, None)  # it ended while it was being stopped
-                self.took[task.kind] = max(took, self.took.get(task.kind, 0.0))
-            else:
+            if reason:
                 self.failures.setdefault(task.name, reason)  # of one that was stopped we know better
+            elif task.name not in self.failures:  # else it ended while it was being stopped, and what follows did not
+                self.done.add(task.name)
+                self.took[task.kind] = max(took, self.took.get(task.kind, 0.0))
             print(f"{took:6.1f} s  {task.name}{f': {reason}' if reason else ''}", flush=True)
             self.changed.notify_all()
-
-
-def _stop_all() -> None:
-    """Asks all that this process group runs, but us, to save and end."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.killpg(0, signal.SIGTERM)
-    signal.signal(signal.SIGTERM, before)
 
 
 def pack(root: Path, target: Path) -> None:
@@ -212,6 +240,4 @@ def pack(root: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    if os.getpgrp() != os.getpid():
-        os.setpgrp()  # a group of its own: what started us is not to be stopped with what we started
     main()

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,24 +31,31 @@ _HELD: set[tuple[int, int]] = set()  # who has one
 _TICKETS = itertools.count()
 IDLE = "of which none of its processes ran"  # what `idle` says, among a study's seconds
 RUNNING: list[tuple[float, float]] = []  # when a process of ours ran, start and end by time.monotonic()
+_GATE = threading.Lock()  # of the next two
+_PROCESSES: set[subprocess.Popen[str]] = set()  # those that run
+_CLOSED: list[str] = []  # why no more are started
 
 
 class StudyError(RuntimeError):
     """A step of the study that failed; the message names its log."""
 
 
+def trained(job: Job | PoseJob) -> bool:
+    """Whether it is done."""
+    folder = Path(job.folder)
+    if isinstance(job, PoseJob):
+        return (folder / "quality.json").is_file() and Path(job.trained).is_file()
+    return (folder / "done.json").is_file() and (folder / "last.pt").is_file()
+
+
 def run_training(job: Job, tracking_uri: str = "") -> bool:
     """Trains to the last epoch, going on from last.pt where there is one. False: it was done already."""
     folder = Path(job.folder)
-
-    def done() -> bool:
-        return (folder / "done.json").is_file() and (folder / "last.pt").is_file()
-
-    if done():
+    if trained(job):
         return False
     folder.mkdir(parents=True, exist_ok=True)
     with training_slot() as slot, folder_lock(folder) as lock:
-        if done():  # by another study in the same folder, while this one waited
+        if trained(job):  # by another study in the same folder, while this one waited
             return False
         shutil.rmtree(folder / "evaluation", ignore_errors=True)  # of a network that is no longer there
         (folder / "done.json").unlink(missing_ok=True)
@@ -75,21 +83,32 @@ def run_evaluation(job: Job) -> bool:
 def run_pose_training(job: PoseJob) -> bool:
     """Trains our own pose network, going on from last.pt where there is one. False: it was done already."""
     folder = Path(job.folder)
-
-    def done() -> bool:
-        return (folder / "quality.json").is_file() and Path(job.trained).is_file()
-
-    if done():
+    if trained(job):
         return False
     folder.mkdir(parents=True, exist_ok=True)
     with training_slot() as slot, folder_lock(folder) as lock:
-        if done():
+        if trained(job):
             return False
         request = folder / "request.json"
         request.write_text(json.dumps(to_dict(job.config), indent=1), "utf-8")
         command = ["pose-train", "--config", str(request), "--shards", job.shards, "--joints", job.joints]
         _run([*command, "--out", str(folder)], folder / "pose.log", job.title, slot, lock)
     return True
+
+
+def stop_all(reason: str, patience: float) -> None:
+    """Ends all processes that were started here, by force those that have not ended after `patience` seconds; from now
+    on none is started, for that reason."""
+    with _GATE:
+        _CLOSED.append(reason)
+        running = list(_PROCESSES)
+    for process in running:
+        process.terminate()  # a training saves first
+    until = time.monotonic() + patience
+    while time.monotonic() < until and any(process.poll() is None for process in running):
+        time.sleep(0.1)
+    for process in running:
+        process.kill()
 
 
 def idle(start: float, end: float) -> float:
@@ -199,14 +218,18 @@ def _run(arguments: Sequence[str], log: Path, title: str, slot: Slot, *locks: in
     last: collections.deque[str] = collections.deque(maxlen=3)
     started = time.monotonic()
     with open(log, "a", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, **gpu_for(slot.number), "PYTHONUNBUFFERED": "1"},
-            pass_fds=[slot.lock, *locks],
-        )
+        with _GATE:
+            if _CLOSED:
+                raise StudyError(_CLOSED[0])
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, **gpu_for(slot.number), "PYTHONUNBUFFERED": "1"},
+                pass_fds=[slot.lock, *locks],
+            )
+            _PROCESSES.add(process)
         assert process.stdout is not None
         try:
             for line in process.stdout:
@@ -219,5 +242,7 @@ def _run(arguments: Sequence[str], log: Path, title: str, slot: Slot, *locks: in
                 process.terminate()
                 process.wait()
             RUNNING.append((started, time.monotonic()))
+            with _GATE:
+                _PROCESSES.discard(process)
     if code != 0:
         raise StudyError(f"{title}: failed with exit code {code} ({' | '.join(last)}); all of it is in {log}")

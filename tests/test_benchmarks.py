@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from benchmarks import second_run, study, timed_study, train_loop
 from benchmarks.harness import RESULTS
 from benchmarks.page import PAGE, prose, render
 from benchmarks.timed_study import OVER, Conductor, Task
+from pasnet import execute
 from pasnet import train as training
 from pasnet.config import DataConfig, FusionConfig, ModelConfig, OptimConfig, TrainConfig
 from pasnet.data import Loader, open_shards
@@ -281,14 +284,21 @@ def test_what_is_wanted_most_runs_first_and_a_failure_stops_what_follows(monkeyp
         timed("broken", 1, fails),
     ]
     conductor = Conductor(tasks, time.monotonic() + 60)
-    assert conductor.run() == {"broken": "out of memory", "orphan": "out of memory"}
+    assert conductor.run() == {"broken": "out of memory", "orphan": "not begun, since out of memory"}
     assert ran == ["parent", "child", "last"]
+
+
+def test_what_an_earlier_call_has_done_is_not_run_again() -> None:
+    ran: list[str] = []
+    tasks = [timed("old", 0, lambda: ran.append("old")), timed("new", 1, lambda: ran.append("new"), "old")]
+    assert Conductor(tasks, time.monotonic() + 60, {"old"}).run() == {} and ran == ["new"]
+    assert Conductor(tasks, time.monotonic(), {"old"}).run() == {"new": OVER}
 
 
 def test_when_the_time_is_over_what_runs_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PASNET_TRAININGS", "2")
     stop = threading.Event()
-    monkeypatch.setattr(timed_study, "_stop_all", stop.set)
+    monkeypatch.setattr(timed_study, "stop_all", lambda reason, patience: stop.set())
 
     def stopped() -> None:
         assert stop.wait(60)
@@ -306,6 +316,18 @@ def test_when_the_time_is_over_what_runs_is_stopped(monkeypatch: pytest.MonkeyPa
     assert found == {"long": OVER, "as long as quick": OVER, "never begun": OVER} and stop.is_set()
 
 
+def test_what_does_not_end_when_asked_to_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deaf = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('up', flush=True)\ntime.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "up\n"
+    monkeypatch.setattr(execute, "_PROCESSES", {process})
+    monkeypatch.setattr(execute, "_CLOSED", [])
+    execute.stop_all("time is over", patience=0.3)
+    assert process.wait(10) == -signal.SIGKILL
+    with pytest.raises(StudyError, match="time is over"):
+        execute._run(["--version"], tmp_path / "log", "one that comes late", execute.Slot(0, 0))
+
+
 @pytest.mark.slow
 def test_a_study_in_a_given_time(tmp_path: Path) -> None:
     """On a machine without Prefect and MLflow, as far as Python can tell."""
@@ -317,6 +339,15 @@ def test_a_study_in_a_given_time(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, "--preset", "tiny", "--seconds", "300", "--workers", "2"]
     command += ["--out", str(tmp_path / "study"), "--tar", str(tmp_path / "study.tar.gz")]
     environment = os.environ | {"PASNET_TRAININGS": "2"}
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+    while not (begun := list((tmp_path / "study").glob("trainings/*/train.log"))) and first.poll() is None:
+        time.sleep(0.05)
+    first.terminate()
+    assert begun and first.wait(60) == 143
+    # its trainings have ended, too: their folders' locks are free
+    with open(begun[0].parent / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "study" / "results.json").read_text("utf-8"))["results"]
