@@ -600,7 +600,8 @@ def networks(of: Sequence[Result]) -> Iterator[str]:
         "and a ratio is one of samples of the same round. *Utilisation*, in brackets, is the share of the machine's",
         "own rate of large matrix products in that precision; Fourier tiles leave out multiplications that the count",
         "includes, so that it can be above 100 %. Memory is the peak above what was there before on a CPU, and on a",
-        "GPU all that was allocated, with the weights of the forms that alternate; of a CUDA graph it cannot be said.",
+        "GPU all that was allocated, with the weights (and what is compiled, its gradients) of the forms that",
+        "alternate; of a CUDA graph it cannot be said.",
     )
     yield bounds_table(of)
     for result in of:

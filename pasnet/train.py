@@ -190,7 +190,9 @@ def _train(
         )
     wrapped = team.wrap(model)
     graphs = config.compile and device.type == "cuda" and team.world == 1  # DDP's hooks are no part of a graph
-    forward = compiled(wrapped, graphs) if config.compile else wrapped
+    forward = compiled(wrapped, micro, graphs) if config.compile else wrapped
+    # what CUDA graphs work in is not counted as allocated while they are replayed
+    peak = torch.cuda.max_memory_reserved if graphs else torch.cuda.max_memory_allocated
 
     totals = train_loader.totals()
     step_of = [step for step in train_loader.steps() for _ in step]  # of a batch: what its step's batches hold
@@ -308,7 +310,7 @@ def _train(
             "processes": team.world,
             "device": hardware(),
             "commit": made_by,
-            **({"gpu_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}),
+            **({"gpu_gib": peak() / 2**30} if device.type == "cuda" else {}),
         }
         history.append(record)
         tally = Tally(world=team.world)

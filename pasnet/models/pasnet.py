@@ -154,22 +154,25 @@ def for_tensor_cores(net: PASNet) -> PASNet:
     return net
 
 
-def compiled(net: nn.Module, graphs: bool) -> Callable[[Tensor], Tensor]:
-    """A forward pass for training through torch.compile, which works anew for every shape of batch.
+def compiled(net: nn.Module, batch: int, graphs: bool) -> Callable[[Tensor], Tensor]:
+    """A forward pass for training: torch.compile for batches of so many clips, the plain one for others. (An epoch ends
+    with a few clips, and to compile for them takes longer than they will.)
 
     `graphs`: on a GPU, forward and backward pass are recorded as CUDA graphs and replayed. What a pass gives lies in
     memory that the next one overwrites, and gradients do, too, where nothing is there to add them to. So all parameters
     that learn get gradients of 0 here; set them to 0 between steps, never to None.
     """
-    if not graphs:
-        return torch.compile(net, dynamic=False)
-    for parameter in net.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    recorded = torch.compile(net, dynamic=False, mode="reduce-overhead")
+    if graphs:
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    whole = torch.compile(net, dynamic=False, mode="reduce-overhead" if graphs else None)
 
     def forward(clips: Tensor) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        return recorded(clips)
+        if len(clips) != batch:
+            return net(clips)
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        return whole(clips)
 
     return forward
 
