@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks import second_run, study, timed_study, train_loop
+from benchmarks import model_speed, second_run, study, timed_study, train_loop
 from benchmarks.harness import RESULTS
 from benchmarks.page import PAGE, prose, render
 from benchmarks.timed_study import OVER, Conductor, Task
@@ -30,6 +31,7 @@ from pasnet.config import DataConfig, FusionConfig, ModelConfig, OptimConfig, Tr
 from pasnet.data import Loader, open_shards
 from pasnet.execute import StudyError
 from pasnet.machine import family
+from pasnet.models.pasnet import PASNet
 from shards import find_dataset, scan
 
 MODELS = {
@@ -263,6 +265,20 @@ def test_prefects_tasks_are_counted(tmp_path: Path) -> None:
         connection.execute("create table task_run (name text)")
         connection.executemany("insert into task_run values (?)", [("pack shard-00000.tar",), ("train pose network",)])
     assert study._tasks(tmp_path) == 2 and study._tasks(tmp_path, "pack %") == 1
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_compiled_step_is_held_against_the_eager_one(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def traced(of: torch.nn.Module, **_: object) -> Callable[[Tensor], Tensor]:
+        return (lambda x: of(x).square()) if wrong else of
+
+    monkeypatch.setattr(torch, "compile", traced)
+    net = PASNet(ModelConfig(num_classes=5, width=0.0625, fusion=FusionConfig(style="A+E*A"))).train()
+    step = model_speed.Step(net, torch.randint(0, 256, (2, 2, 3, 64, 64)), bf16=True, compile=True, times=2)
+    step()
+    times, off = step.compare()
+    assert (times == pytest.approx(1) and off < 1e-5) != wrong and step.first_seconds > 0
+    assert all(p.grad is not None and not p.grad.any() for p in net.parameters() if p.requires_grad)
 
 
 def timed(name: str, rank: int, run: Callable[[], object], *after: str, kind: str = "any") -> Task:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pasnet.models.fast import InferencePASNet, for_evaluation, optimised
 from pasnet.models.fourier import FourierConv2d
 from pasnet.models.hopper import TurnedConv2d, conv_same
 from pasnet.models.openpose import BodyNet
-from pasnet.models.pasnet import PASNet, for_tensor_cores
+from pasnet.models.pasnet import PASNet, compiled, for_tensor_cores
 
 SMALL = 0.125
 
@@ -157,6 +158,37 @@ def test_a_network_with_turned_convolutions_learns_the_same(compiled: bool) -> N
     # biases before a batch norm have none but rounding's
     whole = [torch.cat([of.flatten() for of in each.values()]) for each in gradients]
     assert error(whole[1], whole[0]) < 1e-9
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_compiled_training_learns_the_same(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of two batches, the second smaller; what CUDA graphs make of it, only a GPU shows (benchmarks models)."""
+    real, asked, sizes = torch.compile, [], []
+
+    def traced(of: nn.Module, **options: object) -> Callable[[Tensor], Tensor]:
+        asked.append(options)
+        run = real(of, backend="eager")
+        return lambda x: (sizes.append(len(x)), run(x))[1]
+
+    monkeypatch.setattr(torch, "compile", traced)
+    plain = trained("A+pool(I)").train()
+    assert plain.pose is not None
+    plain.dropout.p = 0.0
+    other = copy.deepcopy(plain)
+    forward = compiled(other, 2, graphs)
+    x = clips()
+    for net, run in ((plain, plain), (other, forward)):
+        optimiser = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
+        for _ in range(2):
+            for part in (x, x[:1]):
+                nn.functional.cross_entropy(run(part), torch.arange(len(part)), reduction="sum").backward()
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=not (graphs and net is other))
+    assert asked == [{"dynamic": False, "mode": "reduce-overhead" if graphs else None}] and sizes == [2, 2]
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    kept = [p.grad is not None for p in other.parameters() if p.requires_grad]
+    assert all(kept) if graphs else not any(kept)
 
 
 def test_a_cpu_has_neither_of_cudnns_ways() -> None:
