@@ -64,7 +64,7 @@ def ffmpeg_command(video: Path, settings: DecodeSettings) -> list[str]:
     scale = f"scale={settings.width}:{settings.height}:flags={settings.scaler}"
     scale += ":interl=-1:out_range=full:out_color_matrix=bt601"  # interl: field by field where the source is so marked
     stream = ffmpeg.input(str(video.absolute()), threads=1, max_pixels=settings.max_pixels)
-    to = passthrough() | {"threads": 1}  # of the copying of raw frames too: threads for it cost 3 % of ffmpeg's time
+    to = passthrough() | {"threads": 1}  # of the copying of raw frames, too: threads for it cost more than it does
     output = ffmpeg.output(  # no stream is named: ffmpeg takes the best one, not a cover picture that comes first
         stream, "pipe:", an=None, vf=f"{scale},format=yuv420p", format="rawvideo", pix_fmt="yuv420p", **to
     )
