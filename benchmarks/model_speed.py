@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pasnet.config import FUSION_TITLES, FusionConfig, ModelConfig
@@ -44,7 +45,7 @@ FRAMES = 128  # of a large batch on a GPU
 QUIET, TRIES = 0.1, 3  # a sample in which others used more of the machine than this is taken again, so often at most
 BOUND_AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}
 TIMES_AS_FAR = 1.5  # from fp64, that the fast form's gradients may be, where rounding decides
-NEEDED = ("logits", "gradients in fp64", "compiled gradients")  # rows that must agree, else exit code 1
+NEEDED = ("logits", "gradients in fp64", "smooth gradients", "compiled gradients")  # must agree, else exit code 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -290,6 +291,16 @@ class Bench:
                 rows.append({"network": style, "what": what, **_agrees(form, _distance(ours, plain))})
                 row = {"network": style, "what": "gradients: times as far from fp64 as the plain form's", "form": form}
                 rows.append(row | {"error": round(times, 3), "bound": TIMES_AS_FAR, "agrees": times <= TIMES_AS_FAR})
+            # What is left where no unit can change sides is the arithmetic of convolutions, norms and fusions
+            with Smooth():
+                plain = self.gradients(net, torch.float32)
+                for form in ("fp32", "bf16") if self.bf16 else ("fp32",):
+                    ours = self.gradients(net, torch.float32, autocast=form == "bf16", form=form)
+                    row = {"network": style, "what": "smooth gradients"}
+                    rows.append(row | _agrees(form, _distance(ours, plain)))
+                    if form == "fp32":
+                        worst = max(_distance({name: ours[name]}, {name: plain[name]}) for name in plain)
+                        rows.append(row | {"what": "smooth gradients, the worst tensor"} | _agrees(form, worst))
             del net
             gc.collect()
         return {"tables": {"agreement": rows}}
@@ -512,6 +523,27 @@ class Autocast(nn.Module):
         """As the network's, in fp32 again."""
         with torch.autocast(self.device.type, torch.bfloat16):
             return self.net(x).float()
+
+
+class Smooth(TorchFunctionMode):
+    """Within it, ReLU is x times the sigmoid of 2x / r, r the root mean square of the channel, without gradient; and
+    maximum pooling is average pooling.
+
+    So a network keeps the size of its maps, but has no kinks, at which rounding decides between two gradients.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As `func`, but for those two."""
+        kwargs = kwargs or {}
+        if func in (nn.functional.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_):
+            x = args[0].to(torch.promote_types(args[0].dtype, torch.float32))
+            others = [axis for axis in range(x.dim()) if axis != 1]
+            size = x.detach().square().mean(others, keepdim=True).sqrt().clamp_min(1e-12)
+            return (x * torch.sigmoid(2 * x / size)).to(args[0].dtype)
+        if func in (nn.functional.max_pool2d, torch.max_pool2d):
+            same = {name: value for name, value in kwargs.items() if name not in ("dilation", "return_indices")}
+            return nn.functional.avg_pool2d(*args, **same)
+        return func(*args, **kwargs)
 
 
 class Step:

@@ -656,6 +656,11 @@ def networks(of: Sequence[Result]) -> Iterator[str]:
                 "on either side of its ReLU, so that the gradients of any two forms differ by about the root of what",
                 "their maps differ by; the plain form's own are as far from fp64 as the rows say.",
             )
+        if any(row["what"].startswith("smooth") for row in rows(result, "agreement")):
+            yield prose(
+                "Smooth: the same networks with a ReLU and a pooling that have no kinks, in both forms, so that no",
+                "unit can change sides; what is left is how exact the forms' arithmetic is.",
+            )
         kept = [[row["num_segments"], *(number(row[f"gb{of}"]) for of in ("", "_checkpoint", "_frozen"))]
                 for row in rows(result, "memory")]  # fmt: skip
         yield table(("counted GB a clip for the backward pass, K", "in full", "pose checkpoints", "pose frozen"), kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import json
 import os
@@ -31,7 +32,7 @@ from pasnet.config import DataConfig, FusionConfig, ModelConfig, OptimConfig, Tr
 from pasnet.data import Loader, open_shards
 from pasnet.execute import StudyError
 from pasnet.machine import family
-from pasnet.models.pasnet import PASNet
+from pasnet.models.pasnet import PASNet, for_tensor_cores
 from shards import find_dataset, scan
 
 MODELS = {
@@ -279,6 +280,37 @@ def test_a_compiled_step_is_held_against_the_eager_one(wrong: bool, monkeypatch:
     times, off = step.compare()
     assert (times == pytest.approx(1) and off < 1e-5) != wrong and step.first_seconds > 0
     assert all(p.grad is not None and not p.grad.any() for p in net.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_without_kinks_gradients_agree_in_fp32(wrong: bool) -> None:
+    config = ModelConfig(num_classes=5, width=0.0625, fusion=FusionConfig(style="A+pool(I)+pool(F)"), dropout=0.0)
+    plain = PASNet(config).train()
+    ours = for_tensor_cores(copy.deepcopy(plain))
+    assert ours.pose is not None and ours.pose.merged
+    ours.pose.turned = True
+    if wrong:
+        with torch.no_grad():
+            ours.pose.conv3_2.weight[:, 0] *= 1.1
+    generator = torch.Generator().manual_seed(0)
+    clips = torch.randint(0, 256, (2, 2, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    found = []
+    with model_speed.Smooth():
+        for net in (plain, ours):
+            torch.nn.functional.cross_entropy(net(clips), torch.tensor([0, 1])).backward()
+            found.append({name: p.grad.double() for name, p in net.named_parameters() if p.grad is not None})
+    assert (model_speed._distance(found[1], found[0]) < 1e-4) != wrong
+
+
+def test_smooth_is_a_relu_without_a_kink_and_an_average() -> None:
+    x = torch.linspace(-3, 3, 601).reshape(1, 1, 1, 601)
+    with model_speed.Smooth():
+        found, pooled = torch.nn.functional.relu(x), torch.nn.functional.max_pool2d(x, (1, 3), stride=1)
+    assert not torch.equal(found, x.relu()) and (found - x.relu()).abs().max() < 0.3
+    assert torch.allclose(found[..., 0] + x[..., -1], found[..., -1], atol=1e-5)  # f(x) - f(-x) = x, as for ReLU
+    assert found.diff().diff().abs().max() < 2e-4 < x.relu().diff().diff().abs().max()
+    assert torch.allclose(pooled, x[..., 1:-1], atol=1e-6)
+    assert torch.equal(torch.nn.functional.relu(x), x.relu())
 
 
 def timed(name: str, rank: int, run: Callable[[], object], *after: str, kind: str = "any") -> Task:
