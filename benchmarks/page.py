@@ -35,6 +35,7 @@ PARTS = {
 CHANGES = (
     ("2026-11-25", "build", "several workers of a build were threads of one process; now each is a process"),
     ("2026-11-26", "build", "one worker of decoder pyav was the caller's process; now it is one of its own"),
+    ("2026-11-26", "build", "every video had an ffmpeg process of its own; now small ones share it, four at a time"),
     ("2026-11-25", "read", "the loader gave a GPU planes cropped and resized on the CPU; now it gives whole frames"),
 )
 

@@ -6,7 +6,7 @@ and only if it is there.
 
 from shards.clips import Batches, Clip, Clips, centre
 from shards.datasets import Dataset, DatasetError, Video, find_dataset, scan
-from shards.decode import DecodedVideo, DecodeError, DecodeSettings, decode_video
+from shards.decode import DecodedVideo, DecodeError, DecodeSettings, decode_video, decode_videos
 from shards.decode_ffmpeg import ffmpeg_exe
 from shards.pack import BuildError, build_shard, failures, finish, locked, plan
 from shards.pool import build
@@ -34,6 +34,7 @@ __all__ = [
     "centre",
     "clip_shape",
     "decode_video",
+    "decode_videos",
     "dense_indices",
     "eco_indices",
     "failures",

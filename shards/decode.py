@@ -1,6 +1,6 @@
 """One video file -> every one of its frames once, as JPEG at a fixed size.
 
-Two decoders keep one contract. `ffmpeg` (decode_ffmpeg.py, the default) is a process per video, so that a file can
+Two decoders keep one contract. `ffmpeg` (decode_ffmpeg.py, the default) is processes of its own, so that a file can
 crash nothing but its decoder; `pyav` (decode_pyav.py) is the same libraries inside this process, at a lower cost.
 Both scale in YUV and hand over planes, and the planes go straight into the JPEG encoder: a detour through RGB costs
 more than the decoding itself (docs/performance.md) and gains nothing, since JPEG stores YUV. Neither drops or repeats
@@ -10,7 +10,7 @@ a frame, and the frame count is what came out of the decoder, never what a conta
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -20,6 +20,8 @@ import simplejpeg
 
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
 DECODERS = ("ffmpeg", "pyav")
+TOGETHER = 4  # small videos that share an ffmpeg process: three of four starts are spared
+SMALL = 4 << 20  # bytes of such a video: beside its decoding a start is nothing, and its JPEGs wait for its neighbours'
 
 
 class DecodeError(Exception):
@@ -144,19 +146,71 @@ def decode_video(video: Path, settings: DecodeSettings) -> DecodedVideo:
         chosen = set(range(count)) if count <= keep else {(2 * i + 1) * count // (2 * keep) for i in range(keep)}
     decoder, size, number = open_video(video, settings), 0, -1
     jpegs: list[bytes] = []
-    for number, (y, u, v) in enumerate(decoder):
+    for number, planes in enumerate(decoder):
         if chosen is not None and number not in chosen:
             continue
-        jpeg = simplejpeg.encode_jpeg_yuv_planes(y, u, v, quality=settings.quality)
-        size += len(jpeg)
+        jpegs.append(_encode(planes, settings))
+        size += len(jpegs[-1])
         if size > settings.max_mib << 20:
             raise DecodeError(
                 video, f"more than {settings.max_mib} MiB of JPEGs ({len(jpegs)} frames); cut it, or raise --max-mib"
             )
-        jpegs.append(jpeg)
     assert decoder.info is not None  # set when the iteration ends without an error
     errors = "; ".join(filter(None, (_cut_short(video), decoder.info.errors)))
     return DecodedVideo(jpegs=jpegs, source_frames=number + 1, source=replace(decoder.info, errors=errors))
+
+
+def decode_videos(videos: Sequence[Path], settings: DecodeSettings) -> Iterator[DecodedVideo | DecodeError]:
+    """`decode_video` of each, in order, or in its place the error that it would raise. Raises DecoderStoppedError.
+
+    With the default decoder small videos go through one process a few at a time, since ffmpeg takes as long to start as
+    to decode a good part of such a video. Where anything is amiss, that process counts for none of its videos, and each
+    is decoded alone: what comes of a video never depends on its neighbours.
+    """
+    videos = list(map(Path, videos))
+    while videos:
+        small = 0
+        if settings.decoder == "ffmpeg" and not settings.frames_per_video:
+            while small < min(TOGETHER, len(videos)) and _is_small(videos[small]):
+                small += 1
+        some, videos = videos[: max(1, small)], videos[max(1, small) :]
+        yield from (_together(some, settings) if len(some) > 1 else None) or (_alone(video, settings) for video in some)
+
+
+def _is_small(video: Path) -> bool:
+    return video.is_file() and 0 < video.stat().st_size <= SMALL
+
+
+def _alone(video: Path, settings: DecodeSettings) -> DecodedVideo | DecodeError:
+    try:
+        return decode_video(video, settings)
+    except DecodeError as error:
+        return error
+
+
+def _together(videos: Sequence[Path], settings: DecodeSettings) -> list[DecodedVideo] | None:
+    """All of them from one process, or None where each has to be looked at alone."""
+    from shards.decode_ffmpeg import FFmpegProcess
+
+    process, size = FFmpegProcess(videos, settings), 0
+    jpegs: list[list[bytes]] = [[] for _ in videos]
+    try:
+        for number, planes in process:
+            jpegs[number].append(_encode(planes, settings))
+            size += len(jpegs[number][-1])
+            if size > settings.max_mib << 20:
+                return None
+    except DecodeError:
+        return None
+    return [
+        DecodedVideo(jpegs=made, source_frames=len(made), source=replace(info, errors=_cut_short(video)))
+        for video, made, info in zip(videos, jpegs, process.infos, strict=True)
+    ]
+
+
+def _encode(planes: Planes, settings: DecodeSettings) -> bytes:
+    jpeg: bytes = simplejpeg.encode_jpeg_yuv_planes(*planes, quality=settings.quality)
+    return jpeg
 
 
 def _cut_short(video: Path) -> str:

@@ -1,7 +1,8 @@
-"""The default decoder: one ffmpeg process a video, through ffmpeg-python, raw planes over a pipe.
+"""The default decoder: ffmpeg processes, through ffmpeg-python, raw planes over pipes.
 
 A process of its own is worth its start (20 to 90 ms): a file that crashes or hangs the decoder loses itself only, and
-time and memory are limited from outside.
+time and memory are limited from outside. Small videos share one, a few at a time, as long as nothing goes wrong in it;
+where something does, decode.py gives each of them a process of its own, and that one says which video it was.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import os
 import re
 import resource
+import selectors
 import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -54,8 +56,9 @@ def passthrough() -> dict[str, str | int]:
     return {"vsync": 0} if old else {"fps_mode": "passthrough"}
 
 
-def ffmpeg_command(video: Path, settings: DecodeSettings) -> list[str]:
-    """Argument list (never a shell string: 536 names of HMDB-51 hold shell characters) that writes planar YUV 4:2:0.
+def ffmpeg_command(videos: Sequence[Path], settings: DecodeSettings, pipes: Sequence[int]) -> list[str]:
+    """Argument list (never a shell string: 536 names of HMDB-51 hold shell characters) that writes planar YUV 4:2:0 of
+    each video to a pipe, given as the number of an open file.
 
     Full range and BT.601 are what JPEG (JFIF) means by YUV; most sources are limited range, so the scaler converts.
     """
@@ -63,42 +66,76 @@ def ffmpeg_command(video: Path, settings: DecodeSettings) -> list[str]:
 
     scale = f"scale={settings.width}:{settings.height}:flags={settings.scaler}"
     scale += ":interl=-1:out_range=full:out_color_matrix=bt601"  # interl: field by field where the source is so marked
-    stream = ffmpeg.input(str(video.absolute()), threads=1, max_pixels=settings.max_pixels)
     to = passthrough() | {"threads": 1}  # of the copying of raw frames, too: threads for it cost more than it does
-    output = ffmpeg.output(  # no stream is named: ffmpeg takes the best one, not a cover picture that comes first
-        stream, "pipe:", an=None, vf=f"{scale},format=yuv420p", format="rawvideo", pix_fmt="yuv420p", **to
-    )
-    return output.global_args(
+    outputs = []
+    for video, pipe in zip(videos, pipes, strict=True):
+        stream = ffmpeg.input(str(video.absolute()), threads=1, max_pixels=settings.max_pixels)
+        if len(videos) > 1:  # else no stream is named: ffmpeg takes the best one, not a cover picture that comes first
+            stream = stream["v:0"]
+        output = ffmpeg.output(
+            stream, f"pipe:{pipe}", an=None, vf=f"{scale},format=yuv420p", format="rawvideo", pix_fmt="yuv420p", **to
+        )
+        outputs.append(output)
+    whole = ffmpeg.merge_outputs(*outputs) if len(outputs) > 1 else outputs[0]
+    return whole.global_args(
         "-filter_threads", "1", "-nostdin", "-hide_banner", "-loglevel", "level+info", "-nostats"
     ).compile(cmd=ffmpeg_exe())
 
 
 class FFmpegDecoder:
-    """shards.decode.Decoder over an ffmpeg process, which is killed past settings.timeout or MAX_ADDRESS_SPACE."""
+    """shards.decode.Decoder over an ffmpeg process of its own."""
 
     def __init__(self, video: Path, settings: DecodeSettings) -> None:
         self.video, self.settings = video, settings
         self.info: SourceInfo | None = None
 
     def __iter__(self) -> Iterator[Planes]:
+        process = FFmpegProcess([self.video], self.settings)
+        for _, planes in process:
+            yield planes
+        (self.info,) = process.infos
+
+
+class FFmpegProcess:
+    """One ffmpeg process for all of `videos`: (number of the video, planes) of every frame, in the order of each video,
+    the videos' frames in any. `infos` is set once the iteration has ended.
+
+    It is killed past settings.timeout or MAX_ADDRESS_SPACE. Raises DecodeError, which of several videos names the
+    first, and is raised of several also for what one alone would get through with: any complaint of ffmpeg's, and more
+    than one video stream to choose from. Raises DecoderStoppedError.
+    """
+
+    def __init__(self, videos: Sequence[Path], settings: DecodeSettings) -> None:
+        self.videos, self.settings = videos, settings
+        self.infos: list[SourceInfo] = []
+
+    def __iter__(self) -> Iterator[tuple[int, Planes]]:
         h, w = self.settings.height, self.settings.width
         frame_bytes = h * w * 3 // 2
-        pixels = np.empty(frame_bytes, np.uint8)  # one frame's place, filled again and again
-        frame, chroma = pixels.data, pixels[h * w :].reshape(2, h // 2, w // 2)
-        planes = pixels[: h * w].reshape(h, w), chroma[0], chroma[1]
-        count, overran = 0, threading.Event()
-        with tempfile.TemporaryFile() as words_file:  # a pipe could fill up and block ffmpeg
-            process = subprocess.Popen(
-                ffmpeg_command(self.video, self.settings),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=words_file,
-                bufsize=0,
-                start_new_session=True,  # Ctrl-C is for the build, which ends its decoders itself
-            )
-            assert process.stdout is not None
-            with contextlib.suppress(AttributeError, OSError):  # Linux; a frame is larger than a pipe's usual 64 kB
-                fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, PIPE)
+        pixels = [np.empty(frame_bytes, np.uint8) for _ in self.videos]  # a frame's place, filled again and again
+        counts, filled, overran = [0] * len(self.videos), [0] * len(self.videos), threading.Event()
+        with contextlib.ExitStack() as stack:
+            words_file = stack.enter_context(tempfile.TemporaryFile())  # a pipe could fill up and block ffmpeg
+            waiting = stack.enter_context(selectors.DefaultSelector())
+            with contextlib.ExitStack() as for_ffmpeg:
+                pipes = []
+                for number in range(len(self.videos)):
+                    ends = os.pipe()
+                    reader = stack.enter_context(open(ends[0], "rb", buffering=0))
+                    pipes.append(for_ffmpeg.enter_context(open(ends[1], "wb", buffering=0)).fileno())
+                    os.set_blocking(ends[0], False)
+                    waiting.register(reader, selectors.EVENT_READ, number)
+                    with contextlib.suppress(AttributeError, OSError):  # Linux; a frame is larger than the usual 64 kB
+                        fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, PIPE)
+                command = ffmpeg_command(self.videos, self.settings, pipes)
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=words_file,
+                    pass_fds=pipes,
+                    start_new_session=True,  # Ctrl-C is for the build, which ends its decoders itself
+                )
             if hasattr(resource, "prlimit"):  # Linux; the process may have ended already
                 with contextlib.suppress(ProcessLookupError):
                     resource.prlimit(process.pid, resource.RLIMIT_AS, (MAX_ADDRESS_SPACE, MAX_ADDRESS_SPACE))
@@ -111,51 +148,61 @@ class FFmpegDecoder:
             watchdog.daemon = True
             watchdog.start()
             try:
-                assert process.stdout is not None
-                while (filled := _fill(process.stdout, frame)) == frame_bytes:
-                    count += 1
-                    yield planes
+                while waiting.get_map():
+                    for key, _ in waiting.select():
+                        number = key.data
+                        got = key.fileobj.readinto(pixels[number].data[filled[number] :])  # type: ignore[union-attr]
+                        if not got:  # its end
+                            waiting.unregister(key.fileobj)
+                            continue
+                        filled[number] += got
+                        if filled[number] == frame_bytes:
+                            filled[number] = 0
+                            counts[number] += 1
+                            chroma = pixels[number][h * w :].reshape(2, h // 2, w // 2)
+                            yield number, (pixels[number][: h * w].reshape(h, w), chroma[0], chroma[1])
                 code = process.wait()
             finally:
                 watchdog.cancel()
                 process.kill()
                 process.wait()
-                assert process.stdout is not None
-                process.stdout.close()
             words_file.seek(0)
             words = _without_addresses(words_file.read(MAX_WORDS).decode("utf-8", "replace"))
+            more = bool(words_file.read(1))
+        first, count = self.videos[0], sum(counts)
         if overran.is_set():
-            raise DecodeError(self.video, f"took longer than {self.settings.timeout:g} s", words)
+            raise DecodeError(first, f"took longer than {self.settings.timeout:g} s", words)
         if -code in STOPPING or (code == 255 and re.search(STOPPED, words)):
             raise DecoderStoppedError(
-                f"{self.video}: ffmpeg was stopped (signal {-code if code < 0 else 'from outside'}); if the machine is "
+                f"{first}: ffmpeg was stopped (signal {-code if code < 0 else 'from outside'}); if the machine is "
                 f"short of memory use fewer --workers, then start again"
             )
-        if code != 0 or count == 0 or filled:
+        if code != 0 or not all(counts) or any(filled):
             found = f"after {count} frames: " if count else ""
-            raise DecodeError(self.video, found + _last_words(words), words)
-        self.info = _source_info(words)
-        if self.info is None:
-            raise DecodeError(self.video, "ffmpeg names no video stream", words)
+            raise DecodeError(first, found + _last_words(words), words)
+        order = [word for word in command if re.fullmatch(r"pipe:\d+", word)]  # ffmpeg-python may have changed it
+        for pipe in pipes:
+            info = _source_info(words, order.index(f"pipe:{pipe}"), alone=len(pipes) == 1)
+            if info is None:
+                raise DecodeError(first, "ffmpeg names no video stream", words)
+            if len(pipes) > 1 and (info.errors or more):
+                raise DecodeError(first, info.errors or "ffmpeg said much", words)
+            self.infos.append(info)
 
 
-def _fill(pipe: IO[bytes], frame: memoryview) -> int:
-    """Reads until `frame` is full or the pipe ends; how many bytes it got."""
-    filled = 0
-    while filled < len(frame):
-        got = pipe.readinto(frame[filled:])  # type: ignore[attr-defined]  # of FileIO, which bufsize=0 gives
-        if not got:
-            break
-        filled += got
-    return filled
-
-
-def _source_info(words: str) -> SourceInfo | None:
-    """Reads ffmpeg's line about the video stream it took; imageio-ffmpeg carries no ffprobe to ask instead."""
+def _source_info(words: str, output: int, alone: bool) -> SourceInfo | None:
+    """Reads ffmpeg's line about the video stream that it took for an output; imageio-ffmpeg carries no ffprobe to ask
+    instead. None also where not `alone` and there was another that it might have taken."""
     # "Stream #0:1 -> #0:0 (h264 (native) -> rawvideo ...)" says which; a title may hold anything, at another place
-    mapped = re.search(r"^(?:\[info\] )?\s*Stream #(\d+:\d+) -> #0:0 ", words, re.M)
-    place = re.escape(mapped[1]) if mapped else r"0:\d+"
+    mapped = re.search(rf"^(?:\[info\] )?\s*Stream #(\d+):(\d+) -> #{output}:0 ", words, re.M)
+    if mapped is None and not alone:
+        return None
+    place = f"{mapped[1]}:{mapped[2]}" if mapped else r"0:\d+"
     line = re.search(rf"^(?:\[info\] )?\s*Stream #{place}\b[^\n]*?: Video: (.*)", words, re.M)
+    if mapped and not alone:
+        inputs = re.split(r"^(?:\[info\] )?Stream mapping:", words, maxsplit=1, flags=re.M)[0]  # outputs come behind
+        if len(re.findall(rf"^(?:\[info\] )?\s*Stream #{mapped[1]}:\d+\b[^\n]*?: Video: ", inputs, re.M)) != 1:
+            return None
     if line is None:
         return None
     codec = re.match(r"\w+", line[1])

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.datasets import Dataset, DatasetError, Video
-from shards.decode import DecodeError, DecodeSettings, decode_video, decoder_version, encoder_version
+from shards.decode import DecodeError, DecodeSettings, decode_videos, decoder_version, encoder_version
 from shards.format import FAILURES_SCHEMA, FORMAT_VERSION, INDEX_SCHEMA
 
 LIMITS = ("timeout", "max_mib", "max_pixels")  # of DecodeSettings: they decide no bytes of a video that passes
@@ -72,11 +72,10 @@ def estimate_bytes(dataset: Dataset, settings: DecodeSettings, *, samples: int =
     settings = replace(settings, decoder="ffmpeg")
     chosen = dataset.videos[:: max(1, len(dataset.videos) // samples)][:samples]
     source = made = decoded = 0
-    for video in chosen:
-        try:
-            made += sum(map(len, decode_video(video.path, settings).jpegs))
-        except DecodeError:
+    for video, found in zip(chosen, decode_videos([video.path for video in chosen], settings), strict=True):
+        if isinstance(found, DecodeError):
             continue  # it will be counted when its shard is built
+        made += sum(map(len, found.jpegs))
         source += _size(video.path)
         decoded += 1
     if not decoded:
@@ -447,16 +446,14 @@ def _write_tar(
     # PAX rather than USTAR: a long name gets a header of its own instead of an error. Not webdataset's TarWriter, which
     # would import torch (a second, 200 MB a process) for what are two members.
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        found = decode_videos([video.path for video in shard.videos if str(video.path) not in ruinous], settings)
         for video in shard.videos:
-            name = _name_of(video)
-            try:
-                if str(video.path) in ruinous:
-                    raise DecodeError(video.path, ruinous[str(video.path)])
-                decoded = decode_video(video.path, settings)
-            except DecodeError as error:
+            name, why = _name_of(video), ruinous.get(str(video.path))
+            decoded = next(found) if why is None else DecodeError(video.path, why)
+            if isinstance(decoded, DecodeError):
                 # where the videos lie is no part of the reason: the same failure gives the same bytes elsewhere
                 reason, detail = (
-                    words.replace(str(video.path.absolute()), name) for words in (error.reason, error.detail)
+                    words.replace(str(video.path.absolute()), name) for words in (decoded.reason, decoded.detail)
                 )
                 failed.append({"video": name, "reason": reason, "detail": detail})
                 if on_video:

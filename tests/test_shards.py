@@ -44,6 +44,7 @@ from shards import (
     build,
     decode_pyav,
     decode_video,
+    decode_videos,
     find_dataset,
     locked,
     open_shards,
@@ -109,6 +110,12 @@ def fork_workers_that(ruin: Callable[[Path], object], monkeypatch: pytest.Monkey
 
 def index_of(folder: Path) -> list[dict[str, Any]]:
     return pq.read_table(folder / "index.parquet").to_pylist()
+
+
+def children_of_this() -> list[str]:
+    """Process ids of this process's own children."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    return [pid for task in tasks for pid in task.read_text("utf-8").split()]
 
 
 def in_a_thread(work: Callable[[], Any]) -> Any:
@@ -317,6 +324,139 @@ class TestDecode:
             source = decoded.source
             assert (len(decoded.jpegs), source.codec) == (int(row["frames"]), row["codec"]), row["path"]
             assert (source.width, source.height) == (int(row["width"]), int(row["height"])), row["path"]
+
+
+class TestDecodeTogether:
+    """Small videos share an ffmpeg; what comes of one must not depend on it."""
+
+    @pytest.fixture
+    def kinds(self, tmp_path: Path) -> list[Path]:
+        """Codecs, containers, sizes, lengths and rates of all sorts, a turned one, one with sound, strange names."""
+        made = [
+            make_video(tmp_path / "a.avi", 10),
+            make_video(tmp_path / "b 'x'; $(y) pipe:5 [1:v]\\.mkv", 31, "352x288", encoder=("-c:v", "mpeg2video")),
+            make_video(tmp_path / "c.mp4", 1, "176x144", "testsrc2"),
+            make_video(tmp_path / "d.avi", 60, "64x48", "testsrc2", ("-vf", "fps=30000/1001")),
+            make_video(tmp_path / "e.avi", 12, encoder=("-c:v", "mjpeg")),
+            make_video(tmp_path / "f.ts", 9, encoder=("-c:v", "mpeg2video", "-flags", "+ilme+ildct")),
+            tmp_path / "sound.avi",
+            tmp_path / "turned.mp4",
+        ]
+        sound = ["-f", "lavfi", "-t", "1", "-i", "sine", "-c:v", "copy", "-c:a", "pcm_s16le", str(made[-2])]
+        video = make_video(tmp_path / "silent.avi", 20)
+        subprocess.run([ffmpeg_exe(), "-v", "error", "-y", "-i", str(video), *sound], check=True)
+        rotate(make_video(tmp_path / "plain.mp4", 5, "160x240"), made[-1], 90)
+        return made
+
+    @pytest.fixture
+    def started(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """How many videos each ffmpeg process of a decoder was given."""
+        popen, counts = subprocess.Popen, []
+
+        def counted(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+            if "pass_fds" in options:
+                counts.append(command.count("-i"))
+            return popen(command, **options)
+
+        monkeypatch.setattr("shards.decode_ffmpeg.subprocess.Popen", counted)
+        return counts
+
+    def test_is_the_same_as_alone(self, kinds: list[Path], started: list[int]) -> None:
+        alone = [decode_video(video, SETTINGS) for video in kinds]
+        assert started == [1] * 8
+        assert list(decode_videos(kinds, SETTINGS)) == alone
+        assert started[8:] == [4, 4] and [len(decoded.jpegs) for decoded in alone] == [10, 31, 1, 60, 12, 9, 20, 5]
+        assert len({decoded.source for decoded in alone}) > 5
+        assert list(decode_videos(kinds[5:], SETTINGS)) == alone[5:] and started[10:] == [3]
+
+    def test_each_is_told_from_the_others(self, kinds: list[Path], tmp_path: Path, started: list[int]) -> None:
+        title = ("-metadata", "title=Stream #1:0 -> #1:0 (x)\nStream mapping:", "-c:v", "mpeg4")
+        videos = [make_video(tmp_path / "t.mkv", 7, encoder=title), *kinds[3:5], kinds[0]]
+        found = list(decode_videos(videos, SETTINGS))
+        assert started == [4] and found == [decode_video(video, SETTINGS) for video in videos]
+
+    def test_neighbours_of_a_bad_one_are_spared(self, kinds: list[Path], started: list[int]) -> None:
+        good = [decode_video(video, SETTINGS) for video in kinds[:4]]
+        cut, header = kinds[4].read_bytes()[:4000], b"RIFF\x00\x00\x00\x00AVI LIST"
+        for bad in (b"", header, b"<html>", cut):
+            kinds[1].write_bytes(bad)
+            alone: DecodedVideo | DecodeError
+            try:
+                alone = decode_video(kinds[1], SETTINGS)
+            except DecodeError as error:
+                alone = error
+            first, found, *rest = decode_videos(kinds[:4], SETTINGS)
+            assert [first, *rest] == [good[0], *good[2:]]
+            assert type(found) is type(alone) and str(found) == str(alone)
+        kinds[1].unlink()
+        assert [type(found) for found in decode_videos(kinds[:4], SETTINGS)] == [
+            *(DecodedVideo, DecodeError),
+            *(DecodedVideo,) * 2,
+        ]
+
+    def test_damage_is_noted_of_the_damaged(self, kinds: list[Path], started: list[int]) -> None:
+        content = bytearray(kinds[3].read_bytes())
+        content[len(content) // 2 : len(content) // 2 + 400] = bytes(range(200)) * 2
+        kinds[3].write_bytes(content)
+        found = list(decode_videos(kinds[:4], SETTINGS))
+        assert started == [4, 1, 1, 1, 1]
+        assert [bool(isinstance(of, DecodedVideo) and of.source.errors) for of in found] == [False] * 3 + [True]
+
+    def test_one_with_streams_to_choose_from_goes_alone(
+        self, kinds: list[Path], tmp_path: Path, started: list[int]
+    ) -> None:
+        both, inputs = tmp_path / "both.mkv", ["-i", str(kinds[2]), "-i", str(kinds[0]), "-map", "0", "-map", "1"]
+        marks = ["-disposition:v:0", "0", "-disposition:v:1", "default"]
+        subprocess.run([ffmpeg_exe(), "-v", "error", "-y", *inputs, "-c", "copy", *marks, str(both)], check=True)
+        one, two = decode_videos([both, kinds[3]], SETTINGS)
+        assert started == [2, 1, 1]
+        assert isinstance(one, DecodedVideo) and (len(one.jpegs), one.source.width) == (10, 320)  # ffmpeg's choice
+        assert two == decode_video(kinds[3], SETTINGS)
+
+    def test_large_ones_and_thinned_ones_go_alone(
+        self, kinds: list[Path], started: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        few = replace(SETTINGS, frames_per_video=3)
+        assert all(len(of.jpegs) <= 3 for of in decode_videos(kinds[:2], few) if isinstance(of, DecodedVideo))
+        assert started == [1] * 4
+        monkeypatch.setattr("shards.decode.SMALL", kinds[0].stat().st_size - 1)
+        list(decode_videos([kinds[3], kinds[0], kinds[2], kinds[3]], SETTINGS))
+        assert kinds[3].stat().st_size < kinds[0].stat().st_size and started[4:] == [1, 1, 2]
+        assert list(decode_videos([kinds[2], kinds[2]], SETTINGS)) == [decode_video(kinds[2], SETTINGS)] * 2
+
+    @pytest.mark.parametrize(
+        "fault", ["exec sleep 60", "exit 3", "kill -SEGV $$", "yes '[error] x' | head -c 70000 >&2"]
+    )
+    def test_a_process_that_fails_counts_for_none(
+        self, kinds: list[Path], fault: str, tmp_path: Path, started: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected = [decode_video(video, SETTINGS) for video in kinds[:3]]
+        faulty = tmp_path / "ffmpeg.sh"
+        faulty.write_text(
+            f'#!/bin/bash\n{ffmpeg_exe()} "$@"; code=$?\n[[ "$*" == *" -i "*" -i "* ]] || exit $code\n{fault}\n'
+        )
+        faulty.chmod(0o755)
+        monkeypatch.setattr("shards.decode_ffmpeg.ffmpeg_exe", lambda: str(faulty))
+        assert list(decode_videos(kinds[:3], replace(SETTINGS, timeout=5))) == expected
+        assert started == [1, 1, 1, 3, 1, 1, 1]
+
+    def test_much_of_it_is_too_much_only_for_one(self, tmp_path: Path, started: list[int]) -> None:
+        videos = [make_video(tmp_path / f"{name}.avi", 60) for name in "ab"]
+        size = sum(map(len, decode_video(videos[0], SETTINGS).jpegs))
+        assert 0.5 < size / (1 << 20) < 1
+        assert [type(of) for of in decode_videos(videos, replace(SETTINGS, max_mib=1))] == [DecodedVideo] * 2
+        assert started == [1, 2, 1, 1]
+
+    def test_nothing_is_left_behind(self, kinds: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        def fails(*_: object, **__: object) -> bytes:
+            raise MemoryError
+
+        files, children = len(os.listdir("/proc/self/fd")), set(children_of_this())
+        list(decode_videos(kinds, SETTINGS))
+        monkeypatch.setattr("shards.decode.simplejpeg.encode_jpeg_yuv_planes", fails)
+        with pytest.raises(MemoryError):
+            list(decode_videos(kinds, SETTINGS))
+        assert len(os.listdir("/proc/self/fd")) == files and set(children_of_this()) == children
 
 
 class TestDatasets:
@@ -983,7 +1123,7 @@ class TestNothingOfOthers:
 
         def killed(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
             process = popen(command, **options)
-            if dataset.videos[5].path.name in command[command.index("-i") + 1]:
+            if any(dataset.videos[5].path.name in word for word in command):
                 process.kill()
             return process
 
@@ -1125,15 +1265,14 @@ except DecodeError as error:
     def test_failures_are_kept_until_they_are_to_be_tried_again(
         self, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        dataset, decode = scan(*find_dataset(videos)), shards.decode_video
+        dataset, decode = scan(*find_dataset(videos)), shards.decode_videos
 
-        def flaky(video: Path, settings: DecodeSettings) -> DecodedVideo:
-            if video == dataset.videos[3].path:
-                raise DecodeError(video, "a bad day")
-            return decode(video, settings)
+        def flaky(videos: list[Path], settings: DecodeSettings) -> Iterator[DecodedVideo | DecodeError]:
+            for video, found in zip(videos, decode(videos, settings), strict=True):
+                yield DecodeError(video, "a bad day") if video == dataset.videos[3].path else found
 
         with monkeypatch.context() as patched:
-            patched.setattr("shards.pack.decode_video", flaky)
+            patched.setattr("shards.pack.decode_videos", flaky)
             assert build(dataset, tmp_path, num_shards=4, workers=1)["failed"] == 1
         assert build(dataset, tmp_path, num_shards=4)["failed"] == 1
         assert build(dataset, tmp_path, num_shards=4, retry_failed=True)["failed"] == 0
