@@ -36,6 +36,7 @@ CHANGES = (
     ("2026-11-25", "build", "several workers of a build were threads of one process; now each is a process"),
     ("2026-11-26", "build", "one worker of decoder pyav was the caller's process; now it is one of its own"),
     ("2026-11-26", "build", "every video had an ffmpeg process of its own; now small ones share it, four at a time"),
+    ("2026-11-26", "build", "by the clock, builds were of 91 videos, two in a shard; now they are larger"),
     ("2026-11-25", "read", "the loader gave a GPU planes cropped and resized on the CPU; now it gives whole frames"),
 )
 
@@ -402,10 +403,12 @@ def building(of: Sequence[Result]) -> Iterator[str]:
     for result in of:
         content = result.content
         yield f"### Building on {result.machine}"
+        copies, each = content.get("copies_by_the_clock"), content.get("videos_a_shard")
         yield prose(
             f"{content['videos']} videos of {content['dataset']}, {content['frames']:,} frames, one worker; whole",
             f"builds and memory: {content['videos_of_workers_and_memory']} videos,",
             f"{content['frames_of_workers_and_memory']:,} frames.",
+            f"By the clock each is there {copies} times, about {each} in a shard." if copies else "",
         )
         costs = rows(result, "CPU per frame")
         cells = [(peer(row), number(row["cpu_ms_per_frame"]), number(row["cpu_times_ours"])) for row in costs]

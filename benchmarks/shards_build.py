@@ -22,6 +22,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from shards.decode_ffmpeg import passthrough
 
 HEIGHT, WIDTH = 256, 340
 UCF_VIDEOS, UCF_FRAMES_EACH = 13_320, 186.36
+COPIES = 3  # of every video in the builds that are timed by the clock: their start and end weigh less, as in large ones
+VIDEOS = 8  # a shard, there: a real one has more, but the last must not leave a worker idle for long
 FFMPEG, PYAV = "ours, decoder ffmpeg (the default)", "ours, decoder pyav (the fast one)"
 PILLOW, MJPEG = "ffmpeg CLI to RGB pipe + Pillow q90", "ffmpeg CLI mjpeg -q:v 3"
 X264 = "video2dataset's resize path (x264 re-encode)"
@@ -147,11 +150,16 @@ def per_frame(dataset: Dataset, frames: dict[str, int], rounds: int, scratch: Pa
 # Workers and memory: builds in a process of their own
 
 
-def child(folder: Path, count: int, decoder: str, workers: int, out: Path, times: int, cores: int) -> dict[str, float]:
-    """Builds `times` times, in this process; what is timed is `build` alone, without starting Python and importing."""
+def child(
+    folder: Path, count: int, decoder: str, workers: int, out: Path, times: int, cores: int, copies: int
+) -> dict[str, float]:
+    """Builds `times` times, in this process, with every video under so many names; what is timed is `build` alone,
+    without starting Python and importing."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     dataset = scan(*find_dataset(folder))
-    dataset = only(dataset, spread(dataset.videos, count))
+    videos = spread(dataset.videos, count)
+    videos = tuple(replace(video, key=f"{video.key}-{n}") for n in range(copies) for video in videos)
+    dataset = only(dataset, videos)
     settings = DecodeSettings(decoder=decoder)  # type: ignore[arg-type]
     # imports on demand, and the server that worker processes are forked from
     build(only(dataset, dataset.videos[:2]), out / "first", settings, workers=workers, num_shards=2)
@@ -159,7 +167,7 @@ def child(folder: Path, count: int, decoder: str, workers: int, out: Path, times
     frames, start = 0, time.perf_counter()
     for number in range(times):
         place = out / str(number)
-        frames += build(dataset, place, settings, workers=workers, num_shards=max(8, len(dataset.videos) // 2))[
+        frames += build(dataset, place, settings, workers=workers, num_shards=max(8, len(dataset.videos) // VIDEOS))[
             "frames"
         ]
         shutil.rmtree(place)
@@ -178,10 +186,11 @@ def build_apart(
     out: Path,
     times: int = 1,
     cores: int = 2,
+    copies: int = 1,
     watch: list[tuple[float, float]] | None = None,
 ) -> dict[str, float]:
     """`child` as a process; `watch` receives (PSS, RSS) of it and its children in MiB, five times a second."""
-    words = [str(word) for word in (folder, count, decoder, workers, out, times, cores)]
+    words = [str(word) for word in (folder, count, decoder, workers, out, times, cores, copies)]
     # not -m: every worker process would import this module and all that it imports
     command = [sys.executable, "-c", "from benchmarks.shards_build import main; main()", *words]
     root = Path(__file__).parent.parent
@@ -222,7 +231,7 @@ def scaling(folder: Path, count: int, frames: int, rounds: int, scratch: Path) -
     """Wall time of whole builds for one and two workers, alternated."""
 
     def one(decoder: str, workers: int, cores: int, number: int) -> float:
-        result = build_apart(folder, count, decoder, workers, scratch / "scaling", cores=cores)
+        result = build_apart(folder, count, decoder, workers, scratch / "scaling", cores=cores, copies=COPIES)
         walls[name_of(decoder, workers, cores)].append(result["seconds"])
         return result["unseen_cpu"]
 
@@ -292,9 +301,9 @@ def run(
     costs, cost_table = per_frame(dataset, frames, rounds, scratch)
     whole = scan(*find_dataset(folder))
     many = sum(count_frames(spread(whole.videos, all_videos), scratch).values())
-    walls, wall_table = scaling(folder, all_videos, many, rounds, scratch)
+    walls, wall_table = scaling(folder, all_videos, COPIES * many, rounds, scratch)
     memories = memory_over_time(folder, all_videos, scratch, memory_times)
-    minutes = extrapolation(walls, many)
+    minutes = extrapolation(walls, COPIES * many)
     scales = {
         (decoder, cores): ratio(walls, name_of(decoder, 1, cores), name_of(decoder, 2, 2), "wall")
         for decoder in ("ffmpeg", "pyav")
@@ -326,6 +335,8 @@ def run(
         "frames": sum(frames.values()),
         "videos_of_workers_and_memory": min(all_videos or len(whole.videos), len(whole.videos)),
         "frames_of_workers_and_memory": many,
+        "copies_by_the_clock": COPIES,
+        "videos_a_shard": VIDEOS,
         "tables": {
             "CPU per frame, one worker": cost_table,
             "wall time of whole builds": wall_table,
@@ -353,6 +364,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shards_build")
     for name, kind in (("folder", Path), ("count", int), ("decoder", str), ("workers", int), ("out", Path)):
         parser.add_argument(name, type=kind)
-    parser.add_argument("times", type=int)
-    parser.add_argument("cores", type=int)
+    for name in ("times", "cores", "copies"):
+        parser.add_argument(name, type=int)
     print(json.dumps(child(**vars(parser.parse_args()))))

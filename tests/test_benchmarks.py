@@ -306,7 +306,7 @@ def test_smooth_is_a_relu_without_a_kink_and_an_average() -> None:
     x = torch.linspace(-3, 3, 601).reshape(1, 1, 1, 601)
     with model_speed.Smooth():
         found, pooled = torch.nn.functional.relu(x), torch.nn.functional.max_pool2d(x, (1, 3), stride=1)
-    assert not torch.equal(found, x.relu()) and (found - x.relu()).abs().max() < 0.3
+    assert not torch.equal(found, x.relu()) and (found - x.relu()).abs().max() < 0.5
     assert torch.allclose(found[..., 0] + x[..., -1], found[..., -1], atol=1e-5)  # f(x) - f(-x) = x, as for ReLU
     assert found.diff().diff().abs().max() < 2e-4 < x.relu().diff().diff().abs().max()
     assert torch.allclose(pooled, x[..., 1:-1], atol=1e-6)
