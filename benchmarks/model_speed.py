@@ -297,12 +297,16 @@ class Bench:
                 for form in ("fp32", "bf16") if self.bf16 else ("fp32",):
                     ours = self.gradients(net, torch.float32, autocast=form == "bf16", form=form)
                     row = {"network": style, "what": "smooth gradients"}
+                    worst = {"what": "smooth gradients, the worst tensor"}
                     if form == "fp32":
-                        worst = max(_distance({name: ours[name]}, {name: plain[name]}) for name in plain)
-                        rows.append(row | {"what": "smooth gradients, the worst tensor"} | _agrees(form, worst))
+                        rows.append(row | worst | _agrees(form, _worst(ours, plain)))
                     else:
-                        own = _distance(self.gradients(net, torch.float32, autocast=True), plain)
-                        row["what"] += f" (the plain form's under autocast: {own:.1e})"
+                        itself = self.gradients(net, torch.float32, autocast=True)
+                        times = _worst(ours, plain) / _worst(itself, plain)
+                        worst["what"] += ": times as far as the plain form's worst"
+                        far = {"error": round(times, 3), "bound": TIMES_AS_FAR, "agrees": times <= TIMES_AS_FAR}
+                        rows.append(row | worst | {"form": form} | far)
+                        row["what"] += f" (the plain form's under autocast: {_distance(itself, plain):.1e})"
                     rows.append(row | _agrees(form, _distance(ours, plain)))
             del net
             gc.collect()
@@ -532,7 +536,11 @@ class Smooth(TorchFunctionMode):
     """Within it, ReLU is x times the sigmoid of x / r (SiLU), r the channel's root mean square, a constant for
     gradients; and maximum pooling is average pooling.
 
-    So a network keeps the size of its maps, but has no kinks, at which rounding decides between two gradients.
+    So a network keeps the size of its maps, but has no kinks, at which rounding decides between two gradients. It is
+    another network, and better conditioned, the less sharp the more so: with the sigmoid of 2x / r, which was tried
+    first, bf16's gradients were 0.018 to 0.022 from fp32's on an H200, with this one 0.006 to 0.007, with ReLU itself
+    0.06 to 0.1, the plain form's as well as ours. So these rows are of how exact our arithmetic is beside the plain
+    form's, which any mistake in it would show, and not of how far bf16 is from fp32 in PAS-Net.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -634,6 +642,11 @@ def _distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Norm of the difference over the norm of what is expected, over all tensors together."""
     off = torch.stack([(found[name] - tensor).norm() for name, tensor in expected.items()]).norm()
     return (off / torch.stack([tensor.norm() for tensor in expected.values()]).norm()).item()
+
+
+def _worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest `_distance` of a tensor of its own; NaN where one is."""
+    return torch.tensor([_distance({name: found[name]}, {name: expected[name]}) for name in expected]).max().item()
 
 
 def _bound(text: str, measured: float | None, least: float) -> dict[str, Any]:

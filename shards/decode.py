@@ -21,6 +21,7 @@ import simplejpeg
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
 DECODERS = ("ffmpeg", "pyav")
 TOGETHER = 4  # small videos that share an ffmpeg process: three of four starts are spared
+PATIENCE = 60.0  # seconds for them, before each is decoded alone, with a limit of its own
 SMALL = 4 << 20  # bytes of such a video: beside its decoding a start is nothing, and its JPEGs wait for its neighbours'
 
 
@@ -192,7 +193,7 @@ def _together(videos: Sequence[Path], settings: DecodeSettings) -> list[DecodedV
     """All of them from one process, or None where each has to be looked at alone."""
     from shards.decode_ffmpeg import FFmpegProcess
 
-    process, size = FFmpegProcess(videos, settings), 0
+    process, size = FFmpegProcess(videos, replace(settings, timeout=min(settings.timeout, PATIENCE))), 0
     jpegs: list[list[bytes]] = [[] for _ in videos]
     try:
         for number, planes in process:
@@ -200,7 +201,7 @@ def _together(videos: Sequence[Path], settings: DecodeSettings) -> list[DecodedV
             size += len(jpegs[number][-1])
             if size > settings.max_mib << 20:
                 return None
-    except DecodeError:
+    except (DecodeError, DecoderStoppedError):  # out of memory, it may be, since there were several
         return None
     return [
         DecodedVideo(jpegs=made, source_frames=len(made), source=replace(info, errors=_cut_short(video)))

@@ -20,6 +20,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -77,8 +78,9 @@ def ffmpeg_command(videos: Sequence[Path], settings: DecodeSettings, pipes: Sequ
         )
         outputs.append(output)
     whole = ffmpeg.merge_outputs(*outputs) if len(outputs) > 1 else outputs[0]
+    level = "level+error" if len(videos) > 1 else "level+info"  # what else several say is in their report
     return whole.global_args(
-        "-filter_threads", "1", "-nostdin", "-hide_banner", "-loglevel", "level+info", "-nostats"
+        "-filter_threads", "1", "-nostdin", "-hide_banner", "-loglevel", level, "-nostats"
     ).compile(cmd=ffmpeg_exe())
 
 
@@ -103,6 +105,9 @@ class FFmpegProcess:
     It is killed past settings.timeout or MAX_ADDRESS_SPACE. Raises DecodeError, which of several videos names the
     first, and is raised of several also for what one alone would get through with: any complaint of ffmpeg's, and more
     than one video stream to choose from. Raises DecoderStoppedError.
+
+    What several complain of goes to stderr, and what is known of them to a report: ffmpeg's threads share a line, so
+    that in one text a complaint could stand behind the beginning of another thread's line, where it would be missed.
     """
 
     def __init__(self, videos: Sequence[Path], settings: DecodeSettings) -> None:
@@ -116,7 +121,9 @@ class FFmpegProcess:
         counts, filled, overran = [0] * len(self.videos), [0] * len(self.videos), threading.Event()
         with contextlib.ExitStack() as stack:
             words_file = stack.enter_context(tempfile.TemporaryFile())  # a pipe could fill up and block ffmpeg
+            report = stack.enter_context(tempfile.TemporaryFile())
             waiting = stack.enter_context(selectors.DefaultSelector())
+            several = len(self.videos) > 1
             with contextlib.ExitStack() as for_ffmpeg:
                 pipes = []
                 for number in range(len(self.videos)):
@@ -126,14 +133,15 @@ class FFmpegProcess:
                     os.set_blocking(ends[0], False)
                     waiting.register(reader, selectors.EVENT_READ, number)
                     with contextlib.suppress(AttributeError, OSError):  # Linux; a frame is larger than the usual 64 kB
-                        fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, PIPE)
+                        fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, PIPE // len(self.videos))  # a user may have 64 MB
                 command = ffmpeg_command(self.videos, self.settings, pipes)
                 process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=words_file,
-                    pass_fds=pipes,
+                    pass_fds=[*pipes, report.fileno()],
+                    env=os.environ | ({"FFREPORT": f"file=/dev/fd/{report.fileno()}:level=32"} if several else {}),
                     start_new_session=True,  # Ctrl-C is for the build, which ends its decoders itself
                 )
             if hasattr(resource, "prlimit"):  # Linux; the process may have ended already
@@ -152,6 +160,8 @@ class FFmpegProcess:
                     for key, _ in waiting.select():
                         number = key.data
                         got = key.fileobj.readinto(pixels[number].data[filled[number] :])  # type: ignore[union-attr]
+                        if got is None:  # nothing there after all
+                            continue
                         if not got:  # its end
                             waiting.unregister(key.fileobj)
                             continue
@@ -166,9 +176,7 @@ class FFmpegProcess:
                 watchdog.cancel()
                 process.kill()
                 process.wait()
-            words_file.seek(0)
-            words = _without_addresses(words_file.read(MAX_WORDS).decode("utf-8", "replace"))
-            more = bool(words_file.read(1))
+            words, known = (_words_of(of) for of in (words_file, report))
         first, count = self.videos[0], sum(counts)
         if overran.is_set():
             raise DecodeError(first, f"took longer than {self.settings.timeout:g} s", words)
@@ -177,32 +185,47 @@ class FFmpegProcess:
                 f"{first}: ffmpeg was stopped (signal {-code if code < 0 else 'from outside'}); if the machine is "
                 f"short of memory use fewer --workers, then start again"
             )
-        if code != 0 or not all(counts) or any(filled):
+        if code != 0 or not all(counts) or any(filled) or (several and words):
             found = f"after {count} frames: " if count else ""
             raise DecodeError(first, found + _last_words(words), words)
-        order = [word for word in command if re.fullmatch(r"pipe:\d+", word)]  # ffmpeg-python may have changed it
-        for pipe in pipes:
-            info = _source_info(words, order.index(f"pipe:{pipe}"), alone=len(pipes) == 1)
-            if info is None:
-                raise DecodeError(first, "ffmpeg names no video stream", words)
-            if len(pipes) > 1 and (info.errors or more):
-                raise DecodeError(first, info.errors or "ffmpeg said much", words)
-            self.infos.append(info)
+        if several:
+            order = [word for word in command if re.fullmatch(r"pipe:\d+", word)]  # ffmpeg-python may have changed it
+            infos = _sources_of_several(known, [order.index(f"pipe:{pipe}") for pipe in pipes])
+        else:
+            infos = [_source_info(words)]
+        if None in infos:
+            raise DecodeError(first, "ffmpeg names no video stream", words)
+        self.infos = [info for info in infos if info is not None]
 
 
-def _source_info(words: str, output: int, alone: bool) -> SourceInfo | None:
-    """Reads ffmpeg's line about the video stream that it took for an output; imageio-ffmpeg carries no ffprobe to ask
-    instead. None also where not `alone` and there was another that it might have taken."""
+def _words_of(file: IO[bytes]) -> str:
+    file.seek(0)
+    return _without_names_of_the_moment(file.read(MAX_WORDS).decode("utf-8", "replace"))
+
+
+def _sources_of_several(report: str, outputs: Sequence[int]) -> list[SourceInfo | None]:
+    """What `_source_info` says of the one video stream of each input, by the number of its output. None where an input
+    has other video streams, or where a title or a name of a file reads as if it were a line of ffmpeg's own."""
+    found: list[SourceInfo | None] = []
+    stream = re.compile(r"Stream #(\d+):(\d+) -> #(\d+):\d+")
+    inputs, mapped = report.partition("Stream mapping:")[0], stream.findall(report)
+    by_output = {int(output): (number, place) for number, place, output in mapped}
+    for output in outputs:
+        number, place = by_output.get(output, ("", ""))
+        lines = re.findall(rf"Stream #{number}:\d+\b[^\n]*?: Video: .*", inputs)
+        plain = len(lines) == 1 and lines[0].startswith(f"Stream #{number}:{place}")
+        plain = plain and report.count("Stream mapping:") == 1 and len(mapped) == len(by_output) == len(outputs)
+        found.append(_source_info(f"{lines[0]}\n", place=f"{number}:{place}") if plain else None)
+    return found
+
+
+def _source_info(words: str, place: str = "") -> SourceInfo | None:
+    """Reads ffmpeg's line about the video stream it took, at `place` or where it says; imageio-ffmpeg carries no
+    ffprobe to ask instead."""
     # "Stream #0:1 -> #0:0 (h264 (native) -> rawvideo ...)" says which; a title may hold anything, at another place
-    mapped = re.search(rf"^(?:\[info\] )?\s*Stream #(\d+):(\d+) -> #{output}:0 ", words, re.M)
-    if mapped is None and not alone:
-        return None
-    place = f"{mapped[1]}:{mapped[2]}" if mapped else r"0:\d+"
+    mapped = re.search(r"^(?:\[info\] )?\s*Stream #(\d+:\d+) -> #0:0 ", words, re.M)
+    place = place or (re.escape(mapped[1]) if mapped else r"0:\d+")
     line = re.search(rf"^(?:\[info\] )?\s*Stream #{place}\b[^\n]*?: Video: (.*)", words, re.M)
-    if mapped and not alone:
-        inputs = re.split(r"^(?:\[info\] )?Stream mapping:", words, maxsplit=1, flags=re.M)[0]  # outputs come behind
-        if len(re.findall(rf"^(?:\[info\] )?\s*Stream #{mapped[1]}:\d+\b[^\n]*?: Video: ", inputs, re.M)) != 1:
-            return None
     if line is None:
         return None
     codec = re.match(r"\w+", line[1])
@@ -224,9 +247,9 @@ def _exact(fps: float) -> float:
     return ntsc if abs(fps - ntsc) < 0.006 and abs(fps - round(fps)) > 0.006 else fps
 
 
-def _without_addresses(words: str) -> str:
-    """The same failure gives the same words in every run."""
-    return re.sub(r" @ 0x[0-9a-f]+", "", words)
+def _without_names_of_the_moment(words: str) -> str:
+    """Without addresses and numbers of pipes: the same failure gives the same words in every run."""
+    return re.sub(r"\bpipe:\d+", "pipe:", re.sub(r" @ 0x[0-9a-f]+", "", words))
 
 
 def _last_words(words: str) -> str:

@@ -102,8 +102,8 @@ def build_shards(
     finished are begun again: up to `max_ruinous` times.
 
     `on_video` is called in this process and thread. An error in a worker or in `on_video`, and Ctrl-C, stop every
-    worker at its next video and are raised when all have stopped. The caller holds `locked(out)`. Raises BuildError
-    when a worker dies for another reason, or for one video too many, and as `build_shard` does.
+    worker when the videos that it is at are done, and are raised when all have stopped. The caller holds `locked(out)`.
+    Raises BuildError when a worker dies for another reason, or for one video too many, and as `build_shard` does.
     """
     expected, workers = expected or {}, min(workers, len(shards))
     apart = settings.decoder == "ffmpeg"  # decodes in processes of its own, whoever calls it

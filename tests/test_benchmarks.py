@@ -32,6 +32,7 @@ from pasnet.config import DataConfig, FusionConfig, ModelConfig, OptimConfig, Tr
 from pasnet.data import Loader, open_shards
 from pasnet.execute import StudyError
 from pasnet.machine import family
+from pasnet.models import hopper
 from pasnet.models.pasnet import PASNet, for_tensor_cores
 from shards import find_dataset, scan
 
@@ -282,24 +283,35 @@ def test_a_compiled_step_is_held_against_the_eager_one(wrong: bool, monkeypatch:
     assert all(p.grad is not None and not p.grad.any() for p in net.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_without_kinks_gradients_agree_in_fp32(wrong: bool) -> None:
+@pytest.mark.parametrize("wrong", ["", "forward", "backward"])
+def test_without_kinks_gradients_agree_in_fp32(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(num_classes=5, width=0.0625, fusion=FusionConfig(style="A+pool(I)+pool(F)"), dropout=0.0)
     plain = PASNet(config).train()
     ours = for_tensor_cores(copy.deepcopy(plain))
     assert ours.pose is not None and ours.pose.merged
     ours.pose.turned = True
-    if wrong:
+    if wrong == "forward":
         with torch.no_grad():
             ours.pose.conv3_2.weight[:, 0] *= 1.1
+    elif wrong:
+        backward = hopper._conv_backward
+
+        def without_a_row(*of: Tensor) -> tuple[Tensor, Tensor]:
+            of_x, of_weight = backward(*of)
+            of_weight[:, :, 3] = 0
+            return of_x, of_weight
+
+        monkeypatch.setattr(hopper, "_conv_backward", without_a_row)
     generator = torch.Generator().manual_seed(0)
     clips = torch.randint(0, 256, (2, 2, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    for net in (plain, ours):  # in train() a bias before a batch norm has no gradient but rounding's
+        net.eval()
     found = []
     with model_speed.Smooth():
         for net in (plain, ours):
             torch.nn.functional.cross_entropy(net(clips), torch.tensor([0, 1])).backward()
             found.append({name: p.grad.double() for name, p in net.named_parameters() if p.grad is not None})
-    assert (model_speed._distance(found[1], found[0]) < 1e-4) != wrong
+    assert (model_speed._worst(found[1], found[0]) < 1e-4) != bool(wrong)
 
 
 def test_smooth_is_a_relu_without_a_kink_and_an_average() -> None:

@@ -56,7 +56,7 @@ from shards import (
     verify,
 )
 from shards.decode import DecoderStoppedError, Planes, decoder_version, open_video
-from shards.decode_ffmpeg import ffmpeg_exe, passthrough
+from shards.decode_ffmpeg import ffmpeg_command, ffmpeg_exe, passthrough
 from shards.format import FAILURES_SCHEMA, INDEX_SCHEMA
 from shards.pack import Progress, estimate_bytes, failures, write_parquet
 from shards.read import split_frames
@@ -114,8 +114,11 @@ def index_of(folder: Path) -> list[dict[str, Any]]:
 
 def children_of_this() -> list[str]:
     """Process ids of this process's own children."""
-    tasks = Path("/proc/self/task").glob("*/children")
-    return [pid for task in tasks for pid in task.read_text("utf-8").split()]
+    found = []
+    for task in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            found += task.read_text("utf-8").split()
+    return found
 
 
 def in_a_thread(work: Callable[[], Any]) -> Any:
@@ -237,12 +240,25 @@ class TestDecode:
             decode_video(video, settings)
         assert raised.value.video == video
 
+    def test_the_same_failure_has_the_same_words(self, tmp_path: Path) -> None:
+        path, words = self.sound(tmp_path), []
+        for files in (0, 3):
+            with contextlib.ExitStack() as stack, pytest.raises(DecodeError) as raised:
+                for _ in range(files):
+                    stack.enter_context(open(path, "rb"))
+                decode_video(path, SETTINGS)
+            words.append(raised.value.detail)
+        assert words[0] == words[1] and "pipe:" in words[0]
+
     def test_sound_alone_is_no_video(self, tmp_path: Path, settings: DecodeSettings) -> None:
+        with pytest.raises(DecodeError):
+            decode_video(self.sound(tmp_path), settings)
+
+    def sound(self, tmp_path: Path) -> Path:
         path = tmp_path / "sound.avi"
         sine = ["-f", "lavfi", "-i", "sine=duration=1", "-c:a", "pcm_s16le"]
         subprocess.run([ffmpeg_exe(), "-v", "error", "-y", *sine, str(path)], check=True)
-        with pytest.raises(DecodeError):
-            decode_video(path, settings)
+        return path
 
     def test_limits(self, tmp_path: Path, settings: DecodeSettings) -> None:
         video = make_video(tmp_path / "long.avi", 300)
@@ -369,11 +385,58 @@ class TestDecodeTogether:
         assert len({decoded.source for decoded in alone}) > 5
         assert list(decode_videos(kinds[5:], SETTINGS)) == alone[5:] and started[10:] == [3]
 
-    def test_each_is_told_from_the_others(self, kinds: list[Path], tmp_path: Path, started: list[int]) -> None:
-        title = ("-metadata", "title=Stream #1:0 -> #1:0 (x)\nStream mapping:", "-c:v", "mpeg4")
-        videos = [make_video(tmp_path / "t.mkv", 7, encoder=title), *kinds[3:5], kinds[0]]
-        found = list(decode_videos(videos, SETTINGS))
-        assert started == [4] and found == [decode_video(video, SETTINGS) for video in videos]
+    @pytest.mark.parametrize("by", ["title", "tag", "name"])
+    def test_none_can_speak_for_another(self, kinds: list[Path], by: str, tmp_path: Path, started: list[int]) -> None:
+        lines = (
+            "x\n[info]   Stream #1:0: Video: vp9, yuv420p, 4444x3333, 77 fps\n  Stream #1:0: Video: vp9, 9x9, 7 fps\n"
+            "[info] Stream mapping:\n[info]   Stream #1:0 -> #1:0 (a)\n[info]   Stream #0:0 -> #0:0 (a)\n"
+        )
+        for text in (lines, lines.split("[info] Stream mapping")[0], lines[lines.index("[info] Stream mapping") :]):
+            if by == "name":
+                liar = tmp_path / f"{text}.avi"
+                shutil.copy(kinds[0], liar)
+            else:
+                tag = ("-metadata", f"title={text}" if by == "title" else f"{text.replace('=', '')}=y")
+                liar = make_video(tmp_path / "t.mp4", 7, extra=("-movflags", "use_metadata_tags"), encoder=(*tag,))
+            for place in range(4):
+                videos = [*kinds[2:5][:place], liar, *kinds[2:5][place:]]
+                assert [str(of) for of in decode_videos(videos, SETTINGS)] == [
+                    *(str(decode_video(of, SETTINGS)) for of in kinds[2:5][:place]),
+                    str(self.alone(liar)),
+                    *(str(decode_video(of, SETTINGS)) for of in kinds[2:5][place:]),
+                ]
+        assert 4 in started
+
+    def alone(self, video: Path) -> DecodedVideo | DecodeError:
+        try:
+            return decode_video(video, SETTINGS)
+        except DecodeError as error:
+            return error
+
+    def test_complaints_are_never_missed(self, kinds: list[Path], started: list[int]) -> None:
+        """In one text with what others say, they would be, once in some hundred times."""
+        good = make_video(kinds[0].parent / "damaged.avi", 12)
+        content = bytearray(good.read_bytes())
+        first = content.index(b"00dc", content.index(b"movi")) + 8
+        content[first + 400 : first + 440] = b"\xff" * 40
+        good.write_bytes(content)
+        errors = decode_video(good, SETTINGS).source.errors
+        assert errors
+        for _ in range(30):
+            *_, found = decode_videos([*kinds[2:5], good], SETTINGS)
+            assert isinstance(found, DecodedVideo) and found.source.errors == errors
+        assert started.count(4) == 30 and started.count(1) == 121
+
+    def test_the_order_of_outputs_is_ffmpegs(
+        self, kinds: list[Path], started: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        alone, command = [decode_video(video, SETTINGS) for video in kinds[:3]], ffmpeg_command
+
+        def turned(videos: list[Path], settings: DecodeSettings, pipes: list[int]) -> list[str]:
+            return command(videos[::-1], settings, pipes[::-1])
+
+        monkeypatch.setattr("shards.decode_ffmpeg.ffmpeg_command", turned)
+        assert list(decode_videos(kinds[:3], SETTINGS)) == alone and started == [1, 1, 1, 3]
 
     def test_neighbours_of_a_bad_one_are_spared(self, kinds: list[Path], started: list[int]) -> None:
         good = [decode_video(video, SETTINGS) for video in kinds[:4]]
