@@ -1,6 +1,6 @@
 """The fast decoder: ffmpeg's libraries in this process, through PyAV.
 
-No process to start, no pipe to copy through: about four fifths of the cost of decode_ffmpeg.py (docs/performance.md). In
+No process to start, no pipe to copy through: four fifths of the cost of decode_ffmpeg.py (docs/performance.md). In
 return a file that crashes libavcodec takes this process with it, and the time limit is looked at between packets only.
 In a worker of a build (pool.py), `give_notice` makes of both what the other decoder makes of them: a video that is set
 aside with its reason. The build then begins the unfinished shards again without it.
