@@ -214,7 +214,7 @@ def _sources_of_several(report: str, outputs: Sequence[int]) -> list[SourceInfo 
         number, place = by_output.get(output, ("", ""))
         lines = re.findall(rf"Stream #{number}:\d+\b[^\n]*?: Video: .*", inputs)
         plain = len(lines) == 1 and lines[0].startswith(f"Stream #{number}:{place}")
-        plain = plain and report.count("Stream mapping:") == 1 and len(mapped) == len(by_output) == len(outputs)
+        plain = plain and len(mapped) == len(by_output) == len(outputs)
         found.append(_source_info(f"{lines[0]}\n", place=f"{number}:{place}") if plain else None)
     return found
 
