@@ -141,7 +141,8 @@ class FFmpegProcess:
                     stdout=subprocess.DEVNULL,
                     stderr=words_file,
                     pass_fds=[*pipes, report.fileno()],
-                    env=os.environ | ({"FFREPORT": f"file=/dev/fd/{report.fileno()}:level=32"} if several else {}),
+                    env=_without_report()
+                    | ({"FFREPORT": f"file=/dev/fd/{report.fileno()}:level=32"} if several else {}),
                     start_new_session=True,  # Ctrl-C is for the build, which ends its decoders itself
                 )
             if hasattr(resource, "prlimit"):  # Linux; the process may have ended already
@@ -177,6 +178,7 @@ class FFmpegProcess:
                 process.kill()
                 process.wait()
             words, known = (_words_of(of) for of in (words_file, report))
+            cut = bool(report.read(1))  # what is behind could be ffmpeg's own lines, and what is before it a title's
         first, count = self.videos[0], sum(counts)
         if overran.is_set():
             raise DecodeError(first, f"took longer than {self.settings.timeout:g} s", words)
@@ -185,7 +187,7 @@ class FFmpegProcess:
                 f"{first}: ffmpeg was stopped (signal {-code if code < 0 else 'from outside'}); if the machine is "
                 f"short of memory use fewer --workers, then start again"
             )
-        if code != 0 or not all(counts) or any(filled) or (several and words):
+        if code != 0 or not all(counts) or any(filled) or (several and (words or cut)):
             found = f"after {count} frames: " if count else ""
             raise DecodeError(first, found + _last_words(words), words)
         if several:
@@ -196,6 +198,11 @@ class FFmpegProcess:
         if None in infos:
             raise DecodeError(first, "ffmpeg names no video stream", words)
         self.infos = [info for info in infos if info is not None]
+
+
+def _without_report() -> dict[str, str]:
+    """The environment, but for a report of the user's own, which would be among ffmpeg's words and hold the hour."""
+    return {name: value for name, value in os.environ.items() if name != "FFREPORT"}
 
 
 def _words_of(file: IO[bytes]) -> str:
@@ -214,7 +221,7 @@ def _sources_of_several(report: str, outputs: Sequence[int]) -> list[SourceInfo 
         number, place = by_output.get(output, ("", ""))
         lines = re.findall(rf"Stream #{number}:\d+\b[^\n]*?: Video: .*", inputs)
         plain = len(lines) == 1 and lines[0].startswith(f"Stream #{number}:{place}")
-        plain = plain and len(mapped) == len(by_output) == len(outputs)
+        plain = plain and report.count("Stream mapping:") == 1 and len(mapped) == len(by_output) == len(outputs)
         found.append(_source_info(f"{lines[0]}\n", place=f"{number}:{place}") if plain else None)
     return found
 

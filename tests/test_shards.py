@@ -391,7 +391,13 @@ class TestDecodeTogether:
             "x\n[info]   Stream #1:0: Video: vp9, yuv420p, 4444x3333, 77 fps\n  Stream #1:0: Video: vp9, 9x9, 7 fps\n"
             "[info] Stream mapping:\n[info]   Stream #1:0 -> #1:0 (a)\n[info]   Stream #0:0 -> #0:0 (a)\n"
         )
-        for text in (lines, lines.split("[info] Stream mapping")[0], lines[lines.index("[info] Stream mapping") :]):
+        fakes = [f"Stream #{number}:0: Video: vp9, 9x9, 7 fps" for number in range(4)]
+        texts = [lines, lines.split("[info] Stream mapping")[0], lines[lines.index("[info] Stream mapping") :]]
+        texts.append(" ".join([*fakes, "Stream mapping:"]))  # of which each line's own is the first
+        if by == "title":  # behind so much the true lines would be out of sight
+            arrows = [f"Stream #{number}:0 -> #{number}:0" for number in range(4)]
+            texts.append(" ".join([*fakes, "Stream mapping:", *arrows, "x" * (70 << 10)]))
+        for text in texts:
             if by == "name":
                 liar = tmp_path / f"{text}.avi"
                 shutil.copy(kinds[0], liar)
@@ -406,6 +412,14 @@ class TestDecodeTogether:
                     *(str(decode_video(of, SETTINGS)) for of in kinds[2:5][place:]),
                 ]
         assert 4 in started
+
+    def test_a_report_of_the_users_own_changes_nothing(
+        self, kinds: list[Path], tmp_path: Path, started: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected = [decode_video(video, SETTINGS) for video in kinds[:3]]
+        monkeypatch.setenv("FFREPORT", f"file={tmp_path / 'no such folder' / 'x'}")
+        assert [decode_video(video, SETTINGS) for video in kinds[:3]] == expected
+        assert list(decode_videos(kinds[:3], SETTINGS)) == expected and started == [1] * 6 + [3]
 
     def alone(self, video: Path) -> DecodedVideo | DecodeError:
         try:
