@@ -408,7 +408,9 @@ def building(of: Sequence[Result]) -> Iterator[str]:
             f"{content['videos']} videos of {content['dataset']}, {content['frames']:,} frames, one worker; whole",
             f"builds and memory: {content['videos_of_workers_and_memory']} videos,",
             f"{content['frames_of_workers_and_memory']:,} frames.",
-            f"By the clock each is there {copies} times, about {each} in a shard." if copies else "",
+            f"For the builds that are timed, each is used {copies} times; a shard holds about {each}."
+            if copies
+            else "",
         )
         costs = rows(result, "CPU per frame")
         cells = [(peer(row), number(row["cpu_ms_per_frame"]), number(row["cpu_times_ours"])) for row in costs]
@@ -664,9 +666,9 @@ def networks(of: Sequence[Result]) -> Iterator[str]:
             yield prose(
                 "Smooth: in both forms ReLU and maximum pooling are replaced by functions without kinks (SiLU, at the",
                 "size of the channel; the average), so that no unit can change sides. That is another network, and a",
-                "better conditioned one: twice as sharp a function gives bf16 three times the distance, and ReLU ten",
-                "times, to the plain form as to ours. So these lines say how exact our arithmetic is beside the plain",
-                "form's; how far bf16 is from fp32 in PAS-Net itself, the lines before say.",
+                "better conditioned one, the less sharp the function is: a sharper one gives bf16 larger distances, and",
+                "ReLU those of the lines before. So these lines say how exact our arithmetic is beside the plain form's,",
+                "and not how far bf16 is from fp32 in PAS-Net itself.",
             )
         kept = [[row["num_segments"], *(number(row[f"gb{of}"]) for of in ("", "_checkpoint", "_frozen"))]
                 for row in rows(result, "memory")]  # fmt: skip

@@ -21,7 +21,7 @@ import simplejpeg
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
 DECODERS = ("ffmpeg", "pyav")
 TOGETHER = 4  # small videos that share an ffmpeg process: three of four starts are spared
-PATIENCE = 60.0  # seconds for them, before each is decoded alone, with a limit of its own
+PATIENCE = 60.0  # seconds for such a process; then each is decoded alone, with its own limit
 SMALL = 4 << 20  # bytes of such a video: beside its decoding a start is nothing, and its JPEGs wait for its neighbours'
 
 
@@ -201,7 +201,7 @@ def _together(videos: Sequence[Path], settings: DecodeSettings) -> list[DecodedV
             size += len(jpegs[number][-1])
             if size > settings.max_mib << 20:
                 return None
-    except (DecodeError, DecoderStoppedError):  # out of memory, it may be, since there were several
+    except (DecodeError, DecoderStoppedError):  # perhaps out of memory, as there were several
         return None
     return [
         DecodedVideo(jpegs=made, source_frames=len(made), source=replace(info, errors=_cut_short(video)))
