@@ -666,9 +666,9 @@ def networks(of: Sequence[Result]) -> Iterator[str]:
             yield prose(
                 "Smooth: in both forms ReLU and maximum pooling are replaced by functions without kinks (SiLU, at the",
                 "size of the channel; the average), so that no unit can change sides. That is another network, and a",
-                "better conditioned one, the less sharp the function is: a sharper one gives bf16 larger distances, and",
-                "ReLU those of the lines before. So these lines say how exact our arithmetic is beside the plain form's,",
-                "and not how far bf16 is from fp32 in PAS-Net itself.",
+                "better conditioned one, the less sharp the function is: a sharper one gives bf16 larger distances,",
+                "and ReLU those of the lines before. So these lines say how exact our arithmetic is beside the plain",
+                "form's, and not how far bf16 is from fp32 in PAS-Net itself.",
             )
         kept = [[row["num_segments"], *(number(row[f"gb{of}"]) for of in ("", "_checkpoint", "_frozen"))]
                 for row in rows(result, "memory")]  # fmt: skip
